@@ -1,0 +1,223 @@
+"""Read, merge and check a configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from quadmamba.configs.defaults import _C
+
+ORDERS = ("quadtree", "release", "raster", "window")
+_CHOICES = {
+    "MODE": ("train", "eval", "throughput", "info"),
+    "DEVICE": ("auto", "cpu", "cuda"),
+    "DATA.ON_ERROR": ("raise", "skip"),
+    "DATA.INTERPOLATION": ("bicubic", "bilinear"),
+    "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "AUG.REMODE": ("pixel", "rand", "const"),
+}
+_POSITIVE = (
+    "DATA.IMG_SIZE",
+    "DATA.BATCH_SIZE",
+    "TRAIN.EPOCHS",
+    "TRAIN.ACCUM_STEPS",
+    "TRAIN.SAVE_EVERY",
+    "TRAIN.EVAL_EVERY",
+    "TRAIN.BASE_LR",
+    "TRAIN.EPS",
+    "MODEL.WINDOW",
+    "MODEL.SSM_RATIO",
+    "MODEL.TAU",
+    "LOG_EVERY",
+)
+_NOT_NEGATIVE = (
+    "MODEL.NUM_CLASSES",
+    "MODEL.MLP_RATIO",
+    "DATA.WORKERS",
+    "AUG.MIXUP",
+    "AUG.CUTMIX",
+    "AUG.COLOR_JITTER",
+    "TRAIN.WARMUP_EPOCHS",
+    "TRAIN.LR_BATCH",
+    "TRAIN.WARMUP_LR",
+    "TRAIN.MIN_LR",
+    "TRAIN.WEIGHT_DECAY",
+    "TRAIN.CLIP_GRAD",
+    "LOG_IMAGES",
+)
+_FRACTIONS = (
+    "MODEL.DROP_PATH",
+    "DATA.CROP_RATIO",
+    "AUG.HFLIP",
+    "AUG.REPROB",
+    "AUG.MIXUP_PROB",
+    "AUG.MIXUP_SWITCH_PROB",
+    "TRAIN.LABEL_SMOOTHING",
+    "TRAIN.EMA_DECAY",
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be: the message names the key, the expected and the got value."""
+
+
+def load_cfg(
+    path: str | Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    opts: Sequence[str] = (),
+) -> CfgNode:
+    """Merge defaults < YAML at `path` < `flags` < `opts`, check the result and freeze it.
+
+    flags: values by dotted key, as {"DATA.BATCH_SIZE": 64}. opts: KEY VALUE pairs, values as YAML.
+    Raises ConfigError for a missing file, an unknown key, a wrong type or an impossible value.
+    """
+    cfg = _C.clone()
+    if path is not None:
+        _merge(cfg, dict(_flatten(_read_yaml(Path(path)))), f"in {path}")
+    _merge(cfg, dict(flags or {}), "on the command line")
+    if len(opts) % 2:
+        raise ConfigError(
+            f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
+        )
+    pairs = zip(opts[0::2], opts[1::2])
+    _merge(cfg, {key: _parse(key, value) for key, value in pairs}, "in --opts")
+    check_cfg(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def get_key(cfg: CfgNode, key: str) -> object:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def check_cfg(cfg: CfgNode) -> None:
+    """Raise ConfigError for a value outside its range or a combination that cannot work."""
+    for key, choices in _CHOICES.items():
+        if get_key(cfg, key) not in choices:
+            raise ConfigError(
+                f"{key}: expected one of {', '.join(choices)}, got {get_key(cfg, key)!r}"
+            )
+    for key in _POSITIVE:
+        if get_key(cfg, key) <= 0:
+            raise ConfigError(f"{key}: expected a number above 0, got {get_key(cfg, key)}")
+    for key in _NOT_NEGATIVE:
+        if get_key(cfg, key) < 0:
+            raise ConfigError(f"{key}: expected 0 or more, got {get_key(cfg, key)}")
+    for key in _FRACTIONS:
+        if not 0 <= get_key(cfg, key) <= 1:
+            raise ConfigError(f"{key}: expected a number from 0 to 1, got {get_key(cfg, key)}")
+    _check_model(cfg.MODEL)
+    _check_recipe(cfg)
+
+
+def _check_model(model: CfgNode) -> None:
+    for key in ("DIMS", "DEPTHS", "ORDERS"):
+        if len(model[key]) != 4:
+            raise ConfigError(
+                f"MODEL.{key}: expected one value for each of 4 stages, got {model[key]}"
+            )
+    for key in ("DIMS", "DEPTHS"):
+        if not all(isinstance(v, int) and v > 0 for v in model[key]):
+            raise ConfigError(f"MODEL.{key}: expected 4 whole numbers above 0, got {model[key]}")
+    for order in model.ORDERS:
+        if order not in ORDERS:
+            raise ConfigError(f"MODEL.ORDERS: expected each of {', '.join(ORDERS)}, got {order!r}")
+    if not 1 <= model.D_STATE <= 256:
+        raise ConfigError(f"MODEL.D_STATE: expected 1 to 256, got {model.D_STATE}")
+    for dim in model.DIMS:
+        if dim % 2 or int(dim * model.SSM_RATIO) < 4:
+            raise ConfigError(
+                "MODEL.DIMS: expected even channels with at least 4 inner channels "
+                f"(MODEL.SSM_RATIO {model.SSM_RATIO}), got {model.DIMS}"
+            )
+
+
+def _check_recipe(cfg: CfgNode) -> None:
+    train, aug = cfg.TRAIN, cfg.AUG
+    if train.WARMUP_EPOCHS >= train.EPOCHS and cfg.MODE == "train":
+        raise ConfigError(
+            f"TRAIN.WARMUP_EPOCHS: expected fewer than TRAIN.EPOCHS = {train.EPOCHS}, "
+            f"got {train.WARMUP_EPOCHS}"
+        )
+    if len(train.BETAS) != 2 or not all(0 <= b < 1 for b in train.BETAS):
+        raise ConfigError(f"TRAIN.BETAS: expected two numbers in [0, 1), got {train.BETAS}")
+    if len(aug.SCALE) != 2 or not 0 < aug.SCALE[0] <= aug.SCALE[1] <= 1:
+        raise ConfigError(f"AUG.SCALE: expected 0 < low <= high <= 1, got {aug.SCALE}")
+    if cfg.DATA.CROP_RATIO == 0:
+        raise ConfigError("DATA.CROP_RATIO: expected above 0 and at most 1, got 0")
+    if train.RESUME and train.PRETRAINED:
+        raise ConfigError(
+            "TRAIN.RESUME and TRAIN.PRETRAINED: expected one of them, got both "
+            "(resume continues a run, pretrained starts a new one from weights)"
+        )
+
+
+def _read_yaml(path: Path) -> Mapping[str, object]:
+    if not path.is_file():
+        names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"--cfg: no such file: {path}{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--cfg: {path} is not a YAML file: {error}") from error
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"--cfg: expected KEY: value lines in {path}, got {type(tree).__name__}")
+    return tree
+
+
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _keys(cfg: CfgNode) -> list[str]:
+    return [key for key, _ in _flatten(cfg)]
+
+
+def _parse(key: str, value: str) -> object:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--opts {key}: expected a YAML value, got {value!r}") from error
+
+
+def _merge(cfg: CfgNode, values: Mapping[str, object], where: str) -> None:
+    known = _keys(cfg)
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown key {key} {where}{hint}")
+        *path, leaf = key.split(".")
+        node = get_key(cfg, ".".join(path)) if path else cfg
+        node[leaf] = _convert(key, value, node[leaf], where)
+
+
+def _convert(key: str, value: object, default: object, where: str) -> object:
+    if isinstance(default, float) and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(default, str) and value is None:
+        value = ""
+    same = type(value) is type(default)
+    if same and isinstance(default, list) and default:
+        value = [_convert(f"{key}[{i}]", v, default[0], where) for i, v in enumerate(value)]
+    if not same:
+        expected, got = type(default).__name__, type(value).__name__
+        raise ConfigError(f"{key}: expected {expected} {where}, got {value!r} ({got})")
+    return value

@@ -1,0 +1,28 @@
+"""Models: the QuadMamba backbone and its raster and window baselines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quadmamba.models.quadmamba import QuadMamba
+
+__all__ = ["QuadMamba", "build_model"]
+
+
+def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
+    """The model of `cfg.MODEL`; `num_classes` goes before MODEL.NUM_CLASSES, where 0 means 1000."""
+    model = cfg.MODEL
+    return QuadMamba(
+        model.DIMS,
+        depths=model.DEPTHS,
+        orders=model.ORDERS,
+        num_classes=num_classes or model.NUM_CLASSES or 1000,
+        ssm_ratio=model.SSM_RATIO,
+        d_state=model.D_STATE,
+        mlp_ratio=model.MLP_RATIO,
+        drop_path=model.DROP_PATH,
+        window=model.WINDOW,
+        shift=model.SHIFT,
+        tau=model.TAU,
+        use_checkpoint=model.USE_CHECKPOINT,
+    )

@@ -1,0 +1,69 @@
+"""Layers on token grids (b, h, w, c), channels last, and the weight-decay tags of parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+NORM_EPS = 1e-5
+
+
+def tag(param: nn.Parameter, decay: str) -> nn.Parameter:
+    """Mark `param` for the optimizer: "decay", "no_decay" or "ssm" (by TRAIN.DECAY_SSM)."""
+    param.decay = decay
+    return param
+
+
+def tag_rest(model: nn.Module) -> None:
+    """Tag what is not tagged yet: matrices and filters decay; biases and norms do not."""
+    for param in model.parameters():
+        if not hasattr(param, "decay"):
+            tag(param, "decay" if param.dim() > 1 else "no_decay")
+
+
+class GridConv2d(nn.Conv2d):
+    """A convolution of a token grid: (b, h, w, c) -> (b, h', w', c'), with no copy on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x.permute(0, 3, 1, 2))  # (b, c', h', w'), channels last in memory
+        return y.permute(0, 2, 3, 1)
+
+
+class Stem(nn.Sequential):
+    """Image to tokens at stride 4: two 3x3 convolutions of stride 2, each with a norm.
+
+    (b, in_chans, H, W) -> (b, ceil(H / 4), ceil(W / 4), dim).
+    """
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__(
+            GridConv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+            nn.LayerNorm(dim // 2, eps=NORM_EPS),
+            nn.GELU(),
+            GridConv2d(dim // 2, dim, 3, stride=2, padding=1),
+            nn.LayerNorm(dim, eps=NORM_EPS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1))
+
+
+class Downsample(nn.Sequential):
+    """Between stages: (b, h, w, dim) -> (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(
+            GridConv2d(dim, out_dim, 3, stride=2, padding=1),
+            nn.LayerNorm(out_dim, eps=NORM_EPS),
+        )
+
+
+class Head(nn.Module):
+    """Classifier: norm, mean over the grid, linear. (b, h, w, c) -> (b, classes)."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.fc = nn.Linear(dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).mean((1, 2)))

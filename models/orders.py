@@ -1,0 +1,172 @@
+"""Scan orders: in which sequence the tokens of an h x w grid are scanned.
+
+An order is a set of integer maps and nothing else: no token is copied, padded or moved. A *table*
+lists the token (raster index y·w + x) at each position of the sequence; a route walks one table
+forwards or backwards.
+
+A 4x4 grid, quadrant 1 (top right) selected, in the `quadtree` order; each token shows its position:
+
+     0  1 |  4  5        Quadrants follow one another, top left, top right, bottom left, bottom
+     right. 2  3 |  6  7        A quadrant that is not selected is scanned in raster order, the
+     selected one
+    ------+------        by its four sub-windows (here of one token each, so both look alike; on an
+     8  9 | 12 13        8x8 grid positions 16-19 would be the selected quadrant's first
+     sub-window).
+    10 11 | 14 15
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+SHIFT_SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))  # the directions of successive shifted blocks
+_CACHE = 256  # grids x devices whose maps are kept
+
+
+@dataclass(frozen=True)
+class QuadMaps:
+    """Index maps of one grid for the quadtree orders, all int32 on one device.
+
+    fine, coarse: (l) position of each token in the two-level and in the one-level order.
+    quadrant: (l) quadrant 0..3 of each token, after the shift. pooled: (l) quadrant whose score a
+    token adds to. tables: (4, l) where every selection is a permutation: row q lists the token at
+    each position when q is selected.
+    """
+
+    fine: Tensor
+    coarse: Tensor
+    quadrant: Tensor
+    pooled: Tensor
+    tables: Tensor | None
+
+
+@dataclass(frozen=True)
+class RasterOrder:
+    """VMamba's cross scan: by rows, by columns, and both backwards."""
+
+    def tables(self, h: int, w: int, device: torch.device) -> Tensor:
+        """(2, l) int32: the tokens by rows and by columns."""
+        return _window_tables(h, w, max(h, w, 1), device)
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """LocalMamba's fixed windows: window after window, by rows and by columns, and both backwards.
+
+    window: side in tokens. Windows at the right and bottom edge are smaller where the side does not
+    divide.
+    """
+
+    window: int = 7
+
+    def tables(self, h: int, w: int, device: torch.device) -> Tensor:
+        """(2, l) int32: windows and their tokens by rows, and by columns."""
+        return _window_tables(h, w, self.window, device)
+
+
+@dataclass(frozen=True)
+class QuadtreeOrder:
+    """The paper's order (Fig. 1c): four quadrants, the selected one cut in four. A permutation."""
+
+    nested = True
+
+    def shift(self, h: int, w: int, sign: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns by which a shifted block rolls an h x w grid."""
+        return sign[0] * (h // 8), sign[1] * ((w if self.nested else h) // 8)
+
+    def maps(self, h: int, w: int, shift: tuple[int, int], device: torch.device) -> QuadMaps:
+        """Maps of an h x w grid rolled by `shift`; scores are rolled along with the tokens."""
+        return _quad_maps(h, w, shift, self.nested, device)
+
+
+@dataclass(frozen=True)
+class ReleaseOrder(QuadtreeOrder):
+    """The official code's order: the fine level is a raster over all 4x4 windows.
+
+    Tokens collide: an eighth of the positions hold the sum of two tokens and an eighth are empty.
+    Both axes roll by h // 8, and scores are pooled before the roll. The official weights were
+    trained so; the order exists to run them.
+    """
+
+    nested = False
+
+
+ScanOrder = RasterOrder | WindowOrder | QuadtreeOrder
+
+ORDERS: dict[str, type[ScanOrder]] = {
+    "raster": RasterOrder,
+    "window": WindowOrder,
+    "quadtree": QuadtreeOrder,
+    "release": ReleaseOrder,
+}
+
+
+def build_order(name: str, window: int) -> ScanOrder:
+    """The order called `name`; raises ValueError that lists the names. `window` is for "window"."""
+    if name not in ORDERS:
+        raise ValueError(f"scan order: expected one of {', '.join(ORDERS)}, got {name!r}")
+    return WindowOrder(window) if name == "window" else ORDERS[name]()
+
+
+@lru_cache(_CACHE)
+def _window_tables(h: int, w: int, side: int, device: torch.device) -> Tensor:
+    y, x = _grid(h, w)
+    wy, wx = y // side, x // side
+    rows = _sort_by((wy, h), (wx, w), (y, h), (x, w))
+    columns = _sort_by((wx, w), (wy, h), (x, w), (y, h))
+    return torch.stack([rows, columns]).to(device, torch.int32)
+
+
+@lru_cache(_CACHE)
+def _quad_maps(
+    h: int, w: int, shift: tuple[int, int], nested: bool, device: torch.device
+) -> QuadMaps:
+    y, x = _grid(h, w)
+    unrolled = 2 * _split(y, h)[0] + _split(x, w)[0]
+    y, x = (y + shift[0]) % h, (x + shift[1]) % w  # where the roll puts each token
+    qy, inner_y, side_y = _split(y, h)
+    qx, inner_x, side_x = _split(x, w)
+    sy, sx = _split(inner_y, side_y)[0], _split(inner_x, side_x)[0]
+    quadrant = 2 * qy + qx
+    levels = (
+        [(qy, 2), (qx, 2), (sy, 2), (sx, 2)] if nested else [(qy, 2), (sy, 2), (qx, 2), (sx, 2)]
+    )
+    coarse = _inverse(_sort_by((qy, 2), (qx, 2), (y, h), (x, w)))
+    fine = _inverse(_sort_by(*levels, (y, h), (x, w)))
+    tables = None
+    if nested:
+        tables = torch.stack([_inverse(torch.where(quadrant == q, fine, coarse)) for q in range(4)])
+        tables = tables.to(device, torch.int32)
+    pooled = quadrant if nested else unrolled
+    index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant, pooled))
+    return QuadMaps(*index, tables)
+
+
+def _grid(h: int, w: int) -> tuple[Tensor, Tensor]:
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return y.reshape(-1), x.reshape(-1)
+
+
+def _split(i: Tensor, side: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The half of `side` that holds each index, its place there and the half's length."""
+    first = (side + 1) // 2
+    half = (i >= first).long()
+    return half, i - half * first, torch.where(half == 0, first, side - first)
+
+
+def _sort_by(*keys: tuple[Tensor, int]) -> Tensor:
+    """Tokens sorted by (key, size) pairs, the most significant first; keys lie in [0, size)."""
+    rank = torch.zeros_like(keys[0][0])
+    for key, size in keys:
+        rank = rank * size + key
+    return torch.argsort(rank)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation))
+    return inverse

@@ -1,0 +1,60 @@
+"""The learned part of the quadtree: a score for each token, the choice of one quadrant an image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quadmamba.models.layers import NORM_EPS
+
+
+class QuadPredictor(nn.Module):
+    """Score of each token (paper Eq. 4 and 7, without Eq. 5-6, as in the official code).
+
+    LN, Linear d -> d, GELU, Linear d -> d/2, GELU, Linear d/2 -> d/4, GELU, Linear d/4 -> 2,
+    log-softmax, of which channel 0 is the score. (b, h, w, d) -> (b, h, w) in float32 (float64 for
+    float64 tokens).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.LayerNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU())
+        self.score = nn.Sequential(
+            nn.Linear(dim, dim // 2),
+            nn.GELU(),
+            nn.Linear(dim // 2, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.score(self.embed(x))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.log_softmax(-1)[..., 0]
+
+
+def quadrant_logits(score: Tensor, pooled: Tensor) -> Tensor:
+    """Mean score (b, 4) of each quadrant (paper Eq. 8) from scores (b, h, w) and quadrants (l).
+
+    A quadrant without tokens (a side of length 1) gets -inf, so that it is never selected.
+    """
+    member = pooled == torch.arange(4, device=pooled.device, dtype=pooled.dtype)[:, None]  # (4, l)
+    count = member.sum(-1)
+    total = (score.flatten(1)[:, None] * member).sum(-1)  # (b, 4)
+    return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))
+
+
+def select_quadrant(logits: Tensor, tau: float, training: bool) -> Tensor:
+    """One-hot choice (b, 4) from logits (b, 4) (paper Eq. 9).
+
+    Training: a straight-through Gumbel-softmax sample at temperature `tau`, from torch's global
+    generator: exactly one-hot, with the gradient of the soft sample. Otherwise: argmax, without
+    noise.
+    """
+    if not training:
+        return F.one_hot(logits.argmax(-1), 4).to(logits.dtype)
+    gumbel = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + gumbel) / tau).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), 4).to(soft.dtype)
+    return hard + (soft - soft.detach())

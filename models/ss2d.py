@@ -1,0 +1,172 @@
+"""SS2D: the token mixer, a selective scan over routes through the grid (QuadMamba, section 4.2).
+
+    in_proj c -> d, depthwise 3x3, SiLU, scan over k routes, LayerNorm, out_proj d -> c
+
+Features stay token-major (b, h, w, d) throughout. The numbers [dt, B, C] of a route are a linear
+function of the token alone, so they are taken once in token order, whatever the route; a route is
+an index table and a direction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quadmamba.kernels import selective_scan
+from quadmamba.kernels.quadtree_gather import gather_in, gather_out
+from quadmamba.models.layers import NORM_EPS, GridConv2d, tag
+from quadmamba.models.orders import QuadtreeOrder, RasterOrder, WindowOrder
+from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
+
+DT_MIN, DT_MAX = 1e-3, 0.1  # range of softplus(dt_bias) at initialisation
+
+
+class ScanParameters(nn.Module):
+    """Parameters of k scans of d channels with n states and a step size of rank r.
+
+    | parameter | shape | initial value |
+    |---|---|---|
+    | x_proj_weight | (k, r + 2n, d), rows dt, B, C | uniform in ±1/sqrt(d) |
+    | dt_weight | (k, d, r) | uniform in ±1/sqrt(r) |
+    | dt_bias | (k, d) | softplus(dt_bias) log-uniform in [1e-3, 0.1] |
+    | A_log | (k, d, n) | log(1..n) |
+    | D | (k, d) | 1 |
+    """
+
+    def __init__(self, routes: int, dim: int, d_state: int, dt_rank: int) -> None:
+        super().__init__()
+        dt = torch.exp(torch.empty(routes, dim).uniform_(math.log(DT_MIN), math.log(DT_MAX)))
+        A = torch.arange(1, d_state + 1, dtype=torch.float32)
+        rows = dt_rank + 2 * d_state
+        self.x_proj_weight = nn.Parameter(
+            torch.empty(routes, rows, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        )
+        self.dt_weight = nn.Parameter(
+            torch.empty(routes, dim, dt_rank).uniform_(-(dt_rank**-0.5), dt_rank**-0.5)
+        )
+        self.dt_bias = tag(nn.Parameter(dt + torch.log(-torch.expm1(-dt))), "ssm")
+        self.A_log = tag(nn.Parameter(A.log().repeat(routes, dim, 1)), "ssm")
+        self.D = tag(nn.Parameter(torch.ones(routes, dim)), "no_decay")
+
+    def project(self, x: Tensor) -> Tensor:
+        """[dt, B, C] of every token and route: (b, l, d) -> (b, l, k, r + 2n)."""
+        return F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(
+            -1, self.x_proj_weight.shape[:2]
+        )
+
+    def scan(
+        self, x: Tensor, proj: Tensor, tables: Tensor, select: Tensor, reverse: list[bool]
+    ) -> Tensor:
+        """Sum of the k scans, tokens (b, l, d) -> (b, l, d); see `selective_scan.route_scan`."""
+        A = -torch.exp(self.A_log)
+        return selective_scan.route_scan(
+            x, proj, self.dt_weight, self.dt_bias, A, self.D, tables, select, reverse
+        )
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds of the scans of one image: d·r for a token's delta, and 9·d·n + d.
+
+        The second term is the official code's count, which takes operations for multiply-adds.
+        """
+        k, d, r = self.dt_weight.shape
+        return k * tokens * d * (r + 9 * self.A_log.shape[-1] + 1)
+
+    def extra_repr(self) -> str:
+        k, d, r = self.dt_weight.shape
+        return f"routes={k}, dim={d}, d_state={self.A_log.shape[-1]}, dt_rank={r}"
+
+
+class SS2D(nn.Module):
+    """Token mixer over rows, columns, and both backwards. (b, h, w, dim) -> the same."""
+
+    routes = 4
+    reverse = [False, False, True, True]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        order: RasterOrder | WindowOrder | QuadtreeOrder,
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+    ) -> None:
+        super().__init__()
+        inner = int(dim * ssm_ratio)
+        self.order = order
+        self.in_proj = nn.Linear(dim, inner, bias=False)
+        self.conv = GridConv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.ssm = ScanParameters(self.routes, inner, d_state, dt_rank=math.ceil(dim / 16))
+        self.out_norm = nn.LayerNorm(inner, eps=NORM_EPS)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv(self.in_proj(x)))  # (b, h, w, d)
+        y = self.scan(x).view(x.shape)
+        return self.out_proj(self.out_norm(y))
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
+        tables = self.order.tables(int(x.shape[1]), int(x.shape[2]), x.device)
+        select = (
+            torch.arange(4, dtype=torch.int32, device=x.device)[None] % 2
+        )  # rows, columns, twice
+        x = x.flatten(1, 2)  # (b, l, d)
+        return self.ssm.scan(x, self.ssm.project(x), tables, select, self.reverse)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order}"
+
+
+class QuadSS2D(SS2D):
+    """Token mixer over the learned quadtree sequence, forwards and backwards (paper Alg. 1-4).
+
+    sign: None, or the signs (rows, columns) of this block's shift.
+    """
+
+    routes = 2
+    reverse = [False, True]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        order: QuadtreeOrder,
+        ssm_ratio: float = 2.0,
+        d_state: int = 1,
+        sign: tuple[int, int] | None = None,
+        tau: float = 1.0,
+    ) -> None:
+        super().__init__(dim, order=order, ssm_ratio=ssm_ratio, d_state=d_state)
+        self.sign, self.tau = sign, tau
+        self.predictor = QuadPredictor(int(dim * ssm_ratio))
+
+    def shift(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns by which this block rolls an h x w grid."""
+        return self.order.shift(h, w, self.sign) if self.sign else (0, 0)
+
+    def decide(self, score: Tensor) -> Tensor:
+        """The selected quadrant, one-hot (b, 4), from the scores (b, h, w) of the tokens."""
+        h, w = (int(side) for side in score.shape[1:])
+        maps = self.order.maps(h, w, self.shift(h, w), score.device)
+        return select_quadrant(quadrant_logits(score, maps.pooled), self.tau, self.training)
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
+        h, w = (int(side) for side in x.shape[1:3])
+        maps = self.order.maps(h, w, self.shift(h, w), x.device)
+        decision = self.decide(self.predictor(x))
+        x = x.flatten(1, 2)  # (b, l, d)
+        proj = self.ssm.project(x)  # (b, l, 2, r + 2n)
+        index = (decision, maps.fine, maps.coarse, maps.quadrant)
+        seq = gather_in(x, *index)
+        seq_proj = gather_in(proj.flatten(2), *index).view(proj.shape)
+        straight = torch.arange(h * w, dtype=torch.int32, device=x.device)[None]
+        select = torch.zeros(1, 2, dtype=torch.int32, device=x.device)
+        y = self.ssm.scan(seq, seq_proj, straight, select, self.reverse)
+        return gather_out(y, *index)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sign={self.sign}, tau={self.tau}"

@@ -1,0 +1,98 @@
+"""Configuration: precedence, every YAML, and errors that name the key."""
+
+from pathlib import Path
+
+import pytest
+
+from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs.defaults import _C
+from quadmamba.configs.load import get_key
+
+ROOT = Path(__file__).parent.parent
+YAMLS = sorted((ROOT / "configs").glob("*.yaml"))
+LINES = (ROOT / "configs/defaults.py").read_text().splitlines()
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_every_yaml_loads_and_is_short(path):
+    text = path.read_text()
+    assert load_cfg(path).MODEL.NAME.endswith(path.stem)
+    assert text.startswith("# Expected: ")
+    assert len(text.splitlines()) <= 18
+
+
+def test_every_key_has_a_comment():
+    keys = [i for i, line in enumerate(LINES) if line.startswith("_C.") and "CfgNode()" not in line]
+    assert len(keys) > 50
+    for i in keys:
+        assert LINES[i - 1].startswith("# "), LINES[i]
+
+
+def test_precedence_is_defaults_then_yaml_then_flags_then_opts(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "DATA: {BATCH_SIZE: 2, IMG_SIZE: 64}\nTRAIN:\n  BASE_LR: 5e-4\n  WARMUP_LR: 1e-6\n"
+    )
+    flags = {"DATA.IMG_SIZE": 96, "DATA.WORKERS": 1}
+    cfg = load_cfg(path, flags, ["DATA.WORKERS", "0", "TRAIN.MIN_LR", "1e-6", "TAG", "x"])
+    values = cfg.DATA.BATCH_SIZE, cfg.DATA.IMG_SIZE, cfg.DATA.WORKERS, cfg.DATA.PIN_MEMORY
+    assert values == (2, 96, 0, True)
+    assert (cfg.TRAIN.BASE_LR, cfg.TRAIN.MIN_LR, cfg.TAG) == (5e-4, 1e-6, "x")
+    assert cfg.is_frozen()
+    assert load_cfg(opts=["MODEL.SSM_RATIO", "1"]).MODEL.SSM_RATIO == 1.0
+    assert _C.DATA.BATCH_SIZE == 128
+
+
+BAD = [
+    (
+        ["DATA.BATHC_SIZE", "1"],
+        "unknown key DATA.BATHC_SIZE in --opts; did you mean DATA.BATCH_SIZE?",
+    ),
+    (["TRAIN", "1"], "unknown key TRAIN in --opts"),
+    (["DATA.BATCH_SIZE", "big"], r"DATA.BATCH_SIZE: expected int in --opts, got 'big' \(str\)"),
+    (["DATA.BATCH_SIZE", "1.5"], "DATA.BATCH_SIZE: expected int"),
+    (["DATA.PIN_MEMORY", "1"], "DATA.PIN_MEMORY: expected bool"),
+    (["MODEL.DIMS", "[8, 8.5, 8, 8]"], r"MODEL.DIMS\[1\]: expected int"),
+    (["TRAIN.BASE_LR", "fast"], "TRAIN.BASE_LR: expected float"),
+    (["TRAIN.EPOCHS", "[1"], "--opts TRAIN.EPOCHS: expected a YAML value"),
+    (["TRAIN.EPOCHS"], "expected KEY VALUE pairs, got 1 words"),
+    (["TRAIN.EPOCHS", "0"], "TRAIN.EPOCHS: expected a number above 0, got 0"),
+    (["DATA.WORKERS", "-1"], "DATA.WORKERS: expected 0 or more"),
+    (["MODEL.DROP_PATH", "1.2"], "MODEL.DROP_PATH: expected a number from 0 to 1"),
+    (["DEVICE", "tpu"], "DEVICE: expected one of auto, cpu, cuda, got 'tpu'"),
+    (["MODEL.ORDERS", "[a, b, c, d]"], "MODEL.ORDERS: expected each of quadtree"),
+    (["MODEL.DEPTHS", "[1, 1]"], "MODEL.DEPTHS: expected one value for each of 4 stages"),
+    (["MODEL.DEPTHS", "[1, 1, 0, 1]"], "MODEL.DEPTHS: expected 4 whole numbers above 0"),
+    (["MODEL.D_STATE", "0"], "MODEL.D_STATE: expected 1 to 256"),
+    (["MODEL.DIMS", "[2, 2, 2, 2]", "MODEL.SSM_RATIO", "1"], "MODEL.DIMS: expected even channels"),
+    (["TRAIN.WARMUP_EPOCHS", "300"], "TRAIN.WARMUP_EPOCHS: expected fewer than TRAIN.EPOCHS = 300"),
+    (["TRAIN.BETAS", "[0.9, 1.0]"], "TRAIN.BETAS: expected two numbers"),
+    (["AUG.SCALE", "[0.9, 0.1]"], "AUG.SCALE: expected 0 < low <= high"),
+    (["DATA.CROP_RATIO", "0"], "DATA.CROP_RATIO: expected above 0"),
+    (["TRAIN.RESUME", "a", "TRAIN.PRETRAINED", "b"], "TRAIN.RESUME and TRAIN.PRETRAINED"),
+]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"), BAD, ids=lambda v: v[0] if isinstance(v, list) else ""
+)
+def test_a_bad_value_is_an_error_that_names_its_key(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_cfg(opts=opts)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no such file: .*; did you mean .*quadmamba_small.yaml"):
+        load_cfg(ROOT / "configs/quadmamba_smal.yaml")
+    for text, message in (("a: [", "not a YAML file"), ("hello", "expected KEY: value lines")):
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_cfg(path)
+    path.write_text("MODEL: {DIM: [1]}")
+    with pytest.raises(ConfigError, match=r"unknown key MODEL.DIM in .*; did you mean MODEL.DIMS"):
+        load_cfg(path)
+
+
+def test_get_key_reads_a_dotted_key():
+    assert get_key(load_cfg(), "TRAIN.EPOCHS") == 300

@@ -1,0 +1,233 @@
+"""The model: size, determinism, gradients, feature maps, initialisation, imports."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from quadmamba.configs import load_cfg
+from quadmamba.models import QuadMamba, build_model, ss2d
+from quadmamba.models.orders import ORDERS
+from quadmamba.models.quadtree import quadrant_logits, select_quadrant
+from quadmamba.models.ss2d import QuadSS2D, ScanParameters
+from quadmamba.utils.complexity import report
+
+ROOT = Path(__file__).parent.parent
+YAMLS = sorted((ROOT / "configs").glob("*.yaml"))
+GOLDEN = json.loads((ROOT / "tests/golden/complexity.json").read_text())
+PAPER = {  # parameters in M and multiply-adds in G, as published or derived from the publication
+    "quadmamba_lite": (5.47, 0.82),
+    "quadmamba_tiny": (10.32, 2.07),
+    "quadmamba_small": (31.25, 5.52),
+    "quadmamba_base": (50.69, 9.38),
+    "vmamba_tiny": (30.71, 4.86),
+    "vmamba_small": (50.15, 8.72),
+}
+
+
+def tiny(order="quadtree", **kwargs):
+    kwargs = {"orders": (order,) * 4, "num_classes": 5, "ssm_ratio": 1.0, **kwargs}
+    return QuadMamba((8, 8, 12, 16), depths=(2, 2, 1, 1), **kwargs)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_parameters_and_multiply_adds_are_the_golden_ones(path):
+    cfg = load_cfg(path)
+    counted = report(build_model(cfg), cfg.DATA.IMG_SIZE)
+    golden = GOLDEN[path.stem]
+    assert counted.params == golden["params"]
+    assert round(counted.gmacs * 1e9) == golden["macs_fvcore_plus_9bldn_plus_bdl"]
+    assert counted.img_size == golden["img_size"]
+    assert sum(params for params, _ in counted.parts.values()) == counted.params
+    assert sum(gmacs for _, gmacs in counted.parts.values()) == pytest.approx(counted.gmacs)
+    if path.stem in PAPER:
+        params, gmacs = PAPER[path.stem]
+        assert counted.params / 1e6 == pytest.approx(params, abs=0.006)
+        assert counted.gmacs == pytest.approx(gmacs, abs=0.006)
+
+
+def test_counting_leaves_the_model_alone():
+    model = tiny().train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    small, large = report(model, 32), report(model, 64)
+    assert model.training
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert large.gmacs == pytest.approx(4 * small.gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [(1, 1), (9, 70), (64, 32), (57, 33)])
+def test_feature_maps_of_any_size_are_contiguous(order, size):
+    model = tiny(order).eval()
+    with torch.no_grad():
+        maps = model.forward_features(torch.randn(2, 3, *size))
+    for grid, channels, stride in zip(maps, model.out_channels, model.strides):
+        assert grid.shape == (2, channels, *(math.ceil(side / stride) for side in size))
+        assert grid.is_contiguous()
+        assert grid.isfinite().all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_eval_twice_is_bit_identical_and_training_is_noisy_only_where_it_should(order):
+    torch.manual_seed(0)
+    model, image = tiny(order), torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(image), model(image))
+        same = torch.equal(model.train()(image), model(image))
+    assert same == (order in ("raster", "window"))
+
+
+@pytest.mark.parametrize("order", ["quadtree", "release"])
+def test_an_image_does_not_depend_on_its_batch(order):
+    model, images = tiny(order).double().eval(), torch.randn(3, 3, 36, 52).double()
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(model(images), alone, rtol=0, atol=1e-12)
+
+
+class SoftSurrogate:
+    """`select_quadrant` with the straight-through estimate made exact: hard(0) + soft - soft(0).
+
+    Its plain derivative is what the estimator promises, so finite differences can test it.
+    """
+
+    def __init__(self):
+        self.offsets, self.call, self.record = [], 0, True
+
+    def __call__(self, logits, tau, training):
+        assert training
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        soft = ((logits + gumbel) / tau).softmax(-1)
+        if self.record:
+            hard = torch.nn.functional.one_hot(soft.argmax(-1), 4).to(soft.dtype)
+            self.offsets.append((hard - soft).detach())
+        self.call += 1
+        return soft + self.offsets[(self.call - 1) % len(self.offsets)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_gradient_agrees_with_finite_differences(order, monkeypatch):
+    torch.manual_seed(1)
+    model = tiny(order, d_state=2, tau=0.7).double().train()
+    image, weight = torch.randn(2, 3, 32, 40).double(), torch.randn(2, 5).double()
+
+    def loss():
+        torch.manual_seed(2)
+        return (model(image) * weight).sum()
+
+    loss().backward()
+    surrogate = SoftSurrogate()
+    monkeypatch.setattr(ss2d, "select_quadrant", surrogate)
+    eps = 1e-6
+    with torch.no_grad():
+        loss()
+        surrogate.record = False
+        for name, param in model.named_parameters():
+            direction = torch.randn_like(param)
+            values = []
+            for step in (eps, -2 * eps):
+                param.add_(step * direction)
+                values.append(loss())
+            param.add_(eps * direction)
+            numeric = (values[0] - values[1]) / (2 * eps)
+            analytic = (param.grad * direction).sum()
+            assert numeric.item() == pytest.approx(analytic.item(), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("order", ["quadtree", "release"])
+def test_the_predictor_learns(order):
+    torch.manual_seed(0)
+    model = tiny(orders=(order, order, "raster", "raster")).train()
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    for name, param in model.named_parameters():
+        assert param.grad.abs().sum() > 0, name
+
+
+def test_recomputed_blocks_draw_the_same_noise():
+    gradients = []
+    for use_checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = tiny(drop_path=0.3, use_checkpoint=use_checkpoint).train()
+        model(torch.randn(4, 3, 64, 64)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_shift_directions_follow_the_global_block_index():
+    model = build_model(load_cfg(ROOT / "configs/quadmamba_tiny.yaml"))
+    signs = [block.op.sign for stage in model.stages[:2] for block in stage]
+    assert signs == [None, (1, 1), None, (-1, -1), None, (1, -1), None, (-1, 1)]
+    still = build_model(
+        load_cfg(ROOT / "configs/quadmamba_tiny.yaml", opts=["MODEL.SHIFT", "False"])
+    )
+    assert all(m.sign is None for m in still.modules() if isinstance(m, QuadSS2D))
+
+
+def test_selection_is_one_hot_and_never_an_empty_quadrant():
+    torch.manual_seed(0)
+    score = torch.randn(64, 1, 6, requires_grad=True)
+    pooled = torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.int32)  # one row: no lower quadrants
+    logits = quadrant_logits(score, pooled)
+    torch.testing.assert_close(logits[:, 0], score[:, 0, :3].mean(1))
+    for training in (True, False):
+        choice = select_quadrant(logits, 1.0, training)
+        assert set(choice.unique().tolist()) == {0.0, 1.0}
+        assert torch.equal(choice.sum(1), torch.ones(64))
+        assert choice[:, 2:].sum() == 0
+    (select_quadrant(logits, 1.0, True) * torch.randn(64, 4)).sum().backward()
+    assert score.grad.isfinite().all()
+    assert score.grad.abs().sum() > 0
+
+
+def test_gumbel_selects_with_the_probabilities_of_the_softmax():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.5, -1.0, 0.0, 1.0])
+    frequency = select_quadrant(logits.expand(20000, 4), 1.0, True).mean(0)
+    torch.testing.assert_close(frequency, logits.softmax(0), rtol=0, atol=0.015)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    ssm = ScanParameters(2, 512, 4, 8)
+    step = softplus(ssm.dt_bias).log()
+    assert 1e-3 * 0.999 <= step.exp().min() <= step.exp().max() <= 0.1 * 1.001
+    assert step.mean().item() == pytest.approx(math.log(1e-2), abs=0.15)
+    assert torch.equal(ssm.A_log.exp().round(), torch.arange(1.0, 5).expand(2, 512, 4))
+    assert torch.equal(ssm.D, torch.ones(2, 512))
+    linear = tiny().stages[3][0].mlp.fc1
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert linear.bias.abs().sum() == 0
+
+
+def test_decay_tags():
+    tags = {name: p.decay for name, p in tiny().named_parameters()}
+    assert tags["stages.0.0.op.ssm.A_log"] == tags["stages.0.0.op.ssm.dt_bias"] == "ssm"
+    assert tags["stages.0.0.op.ssm.D"] == tags["stages.0.0.norm.weight"] == "no_decay"
+    assert tags["stages.0.0.mlp.fc1.bias"] == "no_decay"
+    assert tags["stages.0.0.mlp.fc1.weight"] == tags["stages.0.0.op.conv.weight"] == "decay"
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"expected images \(b, 3, H, W\), got \(2, 1, 8, 8\)"):
+        tiny()(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="expected 4 dims, depths and orders, got 3, 4 and 4"):
+        QuadMamba((8, 8, 8), depths=(1, 1, 1, 1))
+
+
+def test_import_and_inference_need_no_triton_no_extension_no_gpu():
+    code = """
+import sys
+for name in ("triton", "selective_scan"):
+    sys.modules[name] = None
+import torch, quadmamba
+torch.cuda.is_available = lambda: False
+model = quadmamba.QuadMamba((8, 8, 8, 8), depths=(1, 1, 1, 1), num_classes=3).eval()
+print(tuple(model(torch.zeros(1, 3, 32, 32)).shape))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert run.stdout.strip() == "(1, 3)", run.stderr

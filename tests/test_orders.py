@@ -1,0 +1,160 @@
+"""Scan orders: every token once, restored exactly, and the release order as the formula says."""
+
+import pytest
+import torch
+
+from quadmamba.kernels import selective_scan
+from quadmamba.kernels.quadtree_gather import gather_in_ref, gather_out_ref
+from quadmamba.models.orders import ORDERS, SHIFT_SIGNS, QuadtreeOrder, ReleaseOrder, build_order
+from quadmamba.models.ss2d import SS2D
+
+CPU = torch.device("cpu")
+SIZES = [(1, 1), (2, 2), (5, 7), (7, 5), (13, 13), (14, 14), (28, 28), (20, 36), (33, 17)]
+SIGNS = [None, *SHIFT_SIGNS]
+
+
+def half(i, side):
+    """(half, place in it, its length) of index i, in plain Python."""
+    first = -(-side // 2)
+    return (0, i, first) if i < first else (1, i - first, side - first)
+
+
+def literal_positions(h, w, shift, nested):
+    """P_coarse, P_fine, quadrant of every token by sorting tuples, straight from the definition."""
+    coarse, fine, quadrant = {}, {}, {}
+    for y in range(h):
+        for x in range(w):
+            v, u = (y + shift[0]) % h, (x + shift[1]) % w
+            (qy, iy, ny), (qx, ix, nx) = half(v, h), half(u, w)
+            (sy, jy, _), (sx, jx, _) = half(iy, ny), half(ix, nx)
+            t = y * w + x
+            coarse[t] = (qy, qx, iy, ix)
+            fine[t] = (qy, qx, sy, sx, jy, jx) if nested else (qy, sy, qx, sx, jy, jx)
+            quadrant[t] = 2 * qy + qx
+
+    def rank(keys):
+        return {t: p for p, t in enumerate(sorted(keys, key=keys.get))}
+
+    return rank(coarse), rank(fine), quadrant
+
+
+def shift_of(order, h, w, sign):
+    return order.shift(h, w, sign) if sign else (0, 0)
+
+
+def one_hot_grid(h, w):
+    """A batch of 4 images, image q with quadrant q selected."""
+    return torch.randn(4, h * w, 3, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("h", "w"), SIZES)
+@pytest.mark.parametrize("name", ["raster", "window"])
+def test_tables_visit_every_token_once(name, h, w):
+    tables = build_order(name, 4).tables(h, w, CPU)
+    assert tables.dtype == torch.int32
+    for table in tables:
+        assert torch.equal(table.long().sort().values, torch.arange(h * w))
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize(("h", "w"), SIZES)
+def test_quadtree_is_a_permutation_and_restores_exactly(h, w, sign):
+    order = QuadtreeOrder()
+    maps = order.maps(h, w, shift_of(order, h, w, sign), CPU)
+    x, decision = one_hot_grid(h, w)
+    index = (decision, maps.fine, maps.coarse, maps.quadrant)
+    seq = gather_in_ref(x, *index)
+    assert torch.equal(gather_out_ref(seq, *index), x)
+    for q, table in enumerate(maps.tables.long()):
+        assert torch.equal(table.sort().values, torch.arange(h * w))
+        assert torch.equal(seq[q], x[q, table])
+
+
+@pytest.mark.parametrize("name", ["quadtree", "release"])
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize(("h", "w"), SIZES)
+def test_maps_and_gathers_follow_the_double_sum(name, h, w, sign):
+    order = build_order(name, 0)
+    shift = shift_of(order, h, w, sign)
+    maps = order.maps(h, w, shift, CPU)
+    coarse, fine, quadrant = literal_positions(h, w, shift, name == "quadtree")
+    x, decision = one_hot_grid(h, w)
+    index = (decision, maps.fine, maps.coarse, maps.quadrant)
+    seq, y = torch.zeros_like(x), torch.randn_like(x)
+    out = torch.empty_like(x)
+    for q in range(4):
+        for t in range(h * w):
+            position = fine[t] if quadrant[t] == q else coarse[t]
+            seq[q, position] += x[q, t]
+            out[q, t] = y[q, position]
+    torch.testing.assert_close(gather_in_ref(x, *index), seq, rtol=0, atol=1e-15)
+    assert torch.equal(gather_out_ref(y, *index), out)
+
+
+def test_release_collides_as_published_and_quadtree_does_not():
+    for order, doubled in ((ReleaseOrder(), 0.125), (QuadtreeOrder(), 0.0)):
+        maps = order.maps(56, 56, (0, 0), CPU)
+        index = (torch.eye(4), maps.fine, maps.coarse, maps.quadrant)
+        count = gather_in_ref(torch.ones(4, 56 * 56, 1), *index)
+        for load in (0, 2):
+            assert (count == load).double().mean().item() == doubled
+
+
+def test_the_worked_example_of_the_documentation():
+    maps = QuadtreeOrder().maps(4, 4, (0, 0), CPU)
+    expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert maps.coarse.tolist() == expected
+    maps = QuadtreeOrder().maps(8, 8, (0, 0), CPU)
+    assert maps.tables[1, 16:20].tolist() == [4, 5, 12, 13]  # first sub-window of the top right
+    assert maps.tables[0, 16:20].tolist() == [4, 5, 6, 7]  # the same quadrant, not selected
+
+
+def test_shift_of_quadtree_and_release():
+    assert QuadtreeOrder().shift(56, 28, (1, -1)) == (7, -3)
+    assert ReleaseOrder().shift(56, 28, (1, -1)) == (7, -7)
+
+
+@pytest.mark.parametrize("sign", SHIFT_SIGNS)
+def test_maps_equal_rolling_the_grid(sign):
+    h, w = 20, 36
+    order = QuadtreeOrder()
+    shift = order.shift(h, w, sign)
+    x = torch.randn(1, h, w, 2)
+    rolled = torch.roll(x, shift, (1, 2)).flatten(1, 2)
+    plain, moved = (order.maps(h, w, s, CPU) for s in ((0, 0), shift))
+    decision = torch.eye(4)[2:3]
+    seq = gather_in_ref(rolled, decision, plain.fine, plain.coarse, plain.quadrant)
+    ours = gather_in_ref(x.flatten(1, 2), decision, moved.fine, moved.coarse, moved.quadrant)
+    assert torch.equal(seq, ours)
+
+
+def test_release_pools_scores_before_the_roll_and_quadtree_after():
+    grid = (16, 16)
+    release, quadtree = ReleaseOrder(), QuadtreeOrder()
+    still = quadtree.maps(*grid, (0, 0), CPU)
+    assert torch.equal(release.maps(*grid, (2, 2), CPU).pooled, still.quadrant)
+    moved = quadtree.maps(*grid, (2, 2), CPU)
+    assert torch.equal(moved.pooled, moved.quadrant)
+    assert not torch.equal(moved.quadrant, still.quadrant)
+
+
+@pytest.mark.parametrize("name", ["raster", "window"])
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (14, 14)])
+def test_route_scan_restores_every_token(name, h, w):
+    """With a state that never reaches the output (C = 0) and D = 1, k routes give k times x."""
+    x = torch.randn(2, h * w, 6)
+    proj = torch.randn(2, h * w, 4, 5)
+    proj[..., -1] = 0
+    k, d, r, n = 4, 6, 3, 1
+    weights = torch.randn(k, d, r), torch.randn(k, d), -torch.rand(k, d, n), torch.ones(k, d)
+    tables = build_order(name, 4).tables(h, w, CPU)
+    y = selective_scan.route_scan_ref(
+        x, proj, *weights, tables, torch.tensor([[0, 1, 0, 1]]), SS2D.reverse
+    )
+    assert torch.equal(y, 4 * x)
+
+
+def test_registry_and_unknown_order():
+    assert set(ORDERS) == {"raster", "window", "quadtree", "release"}
+    with pytest.raises(ValueError, match="expected one of raster, window, quadtree, release"):
+        build_order("hilbert", 7)
