@@ -1,0 +1,1 @@
+"""Timing programs; the tables of the documentation come from them."""

@@ -1,0 +1,37 @@
+"""Our mixers equal the official sequence of operations, output and every gradient, in float64."""
+
+import pytest
+import torch
+
+from benchmarks.official import OfficialMixer
+from quadmamba.kernels import selective_scan
+from quadmamba.models.orders import RasterOrder, ReleaseOrder
+from quadmamba.models.ss2d import SS2D, QuadSS2D
+
+CASES = {
+    "raster": lambda: SS2D(8, order=RasterOrder(), d_state=2),
+    "release": lambda: QuadSS2D(8, order=ReleaseOrder(), d_state=2),
+    "release-shifted": lambda: QuadSS2D(8, order=ReleaseOrder(), sign=(1, -1), tau=0.5),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_mixer_equals_the_official_operations(name, training):
+    torch.manual_seed(0)
+    op = CASES[name]().double().train(training)
+    results = []
+    for mixer in (op, OfficialMixer(op, selective_scan.selective_scan_ref)):
+        torch.manual_seed(1)  # the same Gumbel noise
+        op.zero_grad()
+        x = torch.randn(3, 16, 16, 8, dtype=torch.float64, requires_grad=True)
+        y = mixer(x)
+        (y * torch.randn_like(y)).sum().backward()
+        grads = {key: p.grad for key, p in op.named_parameters() if p.grad is not None}
+        results.append({"output": y.detach(), "x": x.grad, **grads})
+    assert results[0].keys() == results[1].keys()
+    assert len(results[0]) == 2 + sum(
+        training or "predictor" not in key for key, _ in op.named_parameters()
+    )
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-9, atol=1e-9, msg=key)
