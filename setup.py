@@ -13,7 +13,11 @@ PACKAGES = {
     "quadmamba.kernels.selective_scan": "kernels/selective_scan",
     "quadmamba.kernels.selective_scan.selective_scan": "kernels/selective_scan/selective_scan",
     "quadmamba.kernels.quadtree_gather": "kernels/quadtree_gather",
+    "quadmamba.kernels.quadtree_scan": "kernels/quadtree_scan",
     "quadmamba.kernels.fused": "kernels/fused",
+    "quadmamba.kernels.fused.dwconv_silu": "kernels/fused/dwconv_silu",
+    "quadmamba.kernels.fused.layer_norm": "kernels/fused/layer_norm",
+    "quadmamba.kernels.fused.predictor": "kernels/fused/predictor",
     "quadmamba.data": "data",
     "quadmamba.utils": "utils",
 }

@@ -126,6 +126,8 @@ class QuadSS2D(SS2D):
     sign: None, or the signs (rows, columns) of this block's shift.
     """
 
+    order: QuadtreeOrder
+
     routes = 2
     reverse = [False, True]
 

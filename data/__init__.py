@@ -1,0 +1,19 @@
+"""Data: images in class folders, the augmentation, and batches over all ranks."""
+
+from quadmamba.data.datasets import DataError, FolderImages, read_image
+from quadmamba.data.loaders import ImageLoader, Loaders, build_loaders, skipped_images
+from quadmamba.data.seeds import seeded
+from quadmamba.data.transforms import Transforms, build_transforms
+
+__all__ = [
+    "DataError",
+    "FolderImages",
+    "ImageLoader",
+    "Loaders",
+    "Transforms",
+    "build_loaders",
+    "build_transforms",
+    "read_image",
+    "seeded",
+    "skipped_images",
+]

@@ -1,0 +1,162 @@
+"""Batches of images for training and validation, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from yacs.config import CfgNode
+
+from quadmamba.data.datasets import DataError, FolderImages, collate, shorten
+from quadmamba.data.transforms import Transform, build_transforms
+
+
+class TrainSampler(DistributedSampler):
+    """Shuffled (epoch, index) pairs of one rank; `set_epoch` starts another order.
+
+    The epoch travels with the index, so that worker processes need no other word of it.
+    """
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader of (images (b, 3, h, w), targets (b,)).
+
+    Raises DataError, in the main process, for an unreadable image that may not be left out; those
+    left out are added to `dataset.unreadable`.
+    """
+
+    dataset: FolderImages
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        for images, targets, unreadable, error in super().__iter__():
+            if error:
+                raise DataError(error)
+            self.dataset.unreadable.update(unreadable)
+            if images is not None:
+                yield images, targets
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches of both parts of the data set.
+
+    train: None where only validation was asked for. mixup: timm's Mixup, to be called on a
+    training batch inside `seeded`; None where it is off. classes: the names of the folders.
+    """
+
+    train: ImageLoader | None
+    val: ImageLoader
+    mixup: Mixup | None
+    classes: list[str]
+
+
+def build_loaders(
+    cfg: CfgNode, *, rank: int = 0, world_size: int = 1, with_train: bool = True
+) -> Loaders:
+    """Loaders of this rank's share of cfg.DATA.PATH/train and cfg.DATA.PATH/val.
+
+    Training drops what does not fill a batch on every rank; validation covers each image exactly
+    once over the ranks. Raises DataError for folders, classes or sizes that do not fit.
+    """
+    if not cfg.DATA.PATH:
+        raise DataError("DATA.PATH (--data-path) is empty: give the folder of train/ and val/")
+    transforms = build_transforms(cfg)
+    val_set = _build_dataset(cfg, "val", transforms.val)
+    classes = val_set.classes
+    _check_num_classes(cfg, classes)
+    val = _build_loader(cfg, val_set, [(0, i) for i in range(len(val_set))[rank::world_size]])
+    if not with_train:
+        return Loaders(None, val, None, classes)
+    train_set = _build_dataset(cfg, "train", transforms.train)
+    _check_same_classes(cfg.DATA.PATH, train_set.classes, classes)
+    _check_batch(cfg, len(train_set), world_size)
+    sampler = TrainSampler(
+        train_set, num_replicas=world_size, rank=rank, seed=cfg.TRAIN.SEED, drop_last=True
+    )
+    train = _build_loader(cfg, train_set, sampler)
+    return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
+
+
+def skipped_images(loader: ImageLoader) -> int:
+    """Unreadable files that this process left out so far (each counted once over all epochs)."""
+    return len(loader.dataset.unreadable)
+
+
+def _build_dataset(cfg: CfgNode, part: str, transform: Transform) -> FolderImages:
+    return FolderImages(
+        Path(cfg.DATA.PATH) / part,
+        transform,
+        seed=cfg.TRAIN.SEED,
+        on_error=cfg.DATA.ON_ERROR,
+        replace=part == "train",
+    )
+
+
+def _build_loader(
+    cfg: CfgNode, dataset: FolderImages, sampler: TrainSampler | list[tuple[int, int]]
+) -> ImageLoader:
+    return ImageLoader(
+        dataset,
+        batch_size=cfg.DATA.BATCH_SIZE,
+        sampler=sampler,
+        num_workers=cfg.DATA.WORKERS,
+        collate_fn=collate,
+        pin_memory=cfg.DATA.PIN_MEMORY and cfg.DEVICE != "cpu" and torch.cuda.is_available(),
+        drop_last=isinstance(sampler, TrainSampler),
+        persistent_workers=cfg.DATA.WORKERS > 0,
+        generator=torch.Generator().manual_seed(cfg.TRAIN.SEED),  # leaves the global one alone
+    )
+
+
+def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
+    aug = cfg.AUG
+    if not aug.MIXUP and not aug.CUTMIX:
+        return None
+    if cfg.DATA.BATCH_SIZE % 2:
+        raise DataError(
+            f"DATA.BATCH_SIZE: expected an even number with Mixup or CutMix, "
+            f"got {cfg.DATA.BATCH_SIZE} (AUG.MIXUP 0 AUG.CUTMIX 0 switch them off)"
+        )
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        label_smoothing=cfg.TRAIN.LABEL_SMOOTHING,
+        num_classes=num_classes,
+    )
+
+
+def _check_num_classes(cfg: CfgNode, classes: list[str]) -> None:
+    if cfg.MODEL.NUM_CLASSES not in (0, len(classes)):
+        raise DataError(
+            f"MODEL.NUM_CLASSES: expected 0 or the {len(classes)} class folders of "
+            f"{cfg.DATA.PATH}, got {cfg.MODEL.NUM_CLASSES}"
+        )
+
+
+def _check_same_classes(path: str, train: list[str], val: list[str]) -> None:
+    if train == val:
+        return
+    lines = [f"expected the same class folders in {path}/train and {path}/val"]
+    for name, extra in (("train", set(train) - set(val)), ("val", set(val) - set(train))):
+        if extra:
+            lines.append(f"only in {name}/ ({len(extra)}): {shorten(sorted(extra))}")
+    raise DataError("\n".join(lines))
+
+
+def _check_batch(cfg: CfgNode, images: int, world_size: int) -> None:
+    if images // world_size < cfg.DATA.BATCH_SIZE:
+        raise DataError(
+            f"DATA.BATCH_SIZE (--batch-size): expected at most {images // world_size}, as "
+            f"{cfg.DATA.PATH}/train holds {images} images for {world_size} process(es), "
+            f"got {cfg.DATA.BATCH_SIZE}"
+        )

@@ -1,0 +1,162 @@
+"""Write scikit-learn's handwritten digits as an image folder: OUT/{train,val}/{0..9}/*.png.
+
+    python tools/make_digits.py OUT                        1437 + 360 images of 8x8 pixels
+    python tools/make_digits.py OUT --cluttered --size 112 each digit small, amid stray strokes
+
+With --cluttered, OUT/positions.csv says where each digit is. The same arguments write the same
+bytes; a folder that already holds them is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+VAL_IMAGES = 360
+SIDES = (0.1, 0.4)  # side of a digit on the cluttered canvas, as fractions of the canvas
+STROKES = 48  # stray pieces tried for a canvas; those that touch the digit are left out
+FAINT = 32  # grey values below it count as background
+
+
+def load_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (n, 8, 8) uint8 and labels (n,) of `train` and `val`: fixed, and alike in classes."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    parts = train_test_split(
+        np.arange(len(images)), test_size=VAL_IMAGES, stratify=digits.target, random_state=0
+    )
+    return {
+        name: (images[part], digits.target[part]) for name, part in zip(("train", "val"), parts)
+    }
+
+
+def clutter(
+    images: np.ndarray, index: int, size: int, rng: np.random.Generator
+) -> tuple[Image.Image, tuple[int, int, int]]:
+    """Paste images[index] at a random place and scale amid pieces of the other images.
+
+    images: (n, 8, 8) uint8. Returns a grey canvas of size x size pixels, and the top, left and
+    side of the digit's square on it. No piece touches the strokes of the digit.
+    """
+    side = _random_side(size, rng)
+    top, left = (int(v) for v in rng.integers(0, size - side + 1, 2))
+    canvas = Image.new("L", (size, size))
+    canvas.paste(_scaled(images[index], side, side), (left, top))
+    taken = canvas.filter(ImageFilter.MaxFilter(2 * (side // 8) + 1))
+    for _ in range(STROKES):
+        other = (index + rng.integers(1, len(images))) % len(images)
+        piece = _cut(images[other], _random_side(size, rng), rng)
+        x, y = rng.integers(0, size - piece.width + 1), rng.integers(0, size - piece.height + 1)
+        box = (int(x), int(y), int(x) + piece.width, int(y) + piece.height)
+        if ImageChops.darker(taken.crop(box), piece).getextrema()[1] < FAINT:
+            canvas.paste(ImageChops.lighter(canvas.crop(box), piece), box)
+    return canvas, (top, left, side)
+
+
+def _random_side(size: int, rng: np.random.Generator) -> int:
+    return round(size * rng.uniform(*SIDES))
+
+
+def _cut(image: np.ndarray, side: int, rng: np.random.Generator) -> Image.Image:
+    """A piece of 3 to 4 of the 8 rows and columns, at the scale of a digit of `side` pixels."""
+    rows, columns = (int(n) for n in rng.integers(3, 5, 2))
+    y, x = rng.integers(0, 8 - rows + 1), rng.integers(0, 8 - columns + 1)
+    piece = image[y : y + rows, x : x + columns]
+    return _scaled(piece, max(1, rows * side // 8), max(1, columns * side // 8))
+
+
+def _scaled(image: np.ndarray, height: int, width: int) -> Image.Image:
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_plain(out: Path) -> None:
+    """Write every digit as a grey PNG of 8x8 pixels."""
+    for part, (images, labels) in load_split().items():
+        for index, (image, label) in enumerate(zip(images, labels)):
+            _save(Image.fromarray(image), out / _name(part, label, index))
+
+
+def write_cluttered(out: Path, size: int, seed: int, train: int | None) -> None:
+    """Write cluttered digits, one canvas for each (or `train` canvases), and positions.csv.
+
+    Canvas i shows digit i modulo their number, and depends on (seed, part, i) alone.
+    """
+    with open(out / "positions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "center_y", "center_x", "side", "size"])
+        for number, (part, (images, labels)) in enumerate(load_split().items()):
+            count = train if part == "train" and train else len(images)
+            for i in range(count):
+                rng = np.random.default_rng((seed, number, i))
+                canvas, (top, left, side) = clutter(images, i % len(images), size, rng)
+                name = _name(part, labels[i % len(images)], i)
+                _save(canvas, out / name)
+                writer.writerow([name, top + side / 2, left + side / 2, side, size])
+
+
+def _name(part: str, label: int, index: int) -> str:
+    return f"{part}/{label}/{index:05d}.png"
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
+    parser.add_argument("--cluttered", action="store_true", help="small digits amid stray strokes")
+    parser.add_argument("--size", type=int, help="side of a cluttered canvas (default 112)")
+    parser.add_argument("--seed", type=int, help="seed of the clutter (default 0)")
+    parser.add_argument("--train", type=int, metavar="N", help="cluttered training images")
+    args = parser.parse_args(argv)
+    if not args.cluttered and (args.size, args.seed, args.train) != (None, None, None):
+        parser.error("--size, --seed and --train go with --cluttered")
+    args.size = 112 if args.size is None else args.size
+    args.seed = 0 if args.seed is None else args.seed
+    if args.size < 32 or args.seed < 0 or (args.train is not None and args.train < 10):
+        parser.error("expected --size 32 or more, --seed 0 or more and --train 10 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the folder and return the exit code: 0, or 2 where OUT holds something else."""
+    args = _parse_args(argv)
+    out: Path = args.out
+    done = {key: value for key, value in vars(args).items() if key != "out"}
+    marker = out / "digits.json"
+    if marker.is_file() and json.loads(marker.read_text()) == done:
+        print(f"{out} already holds these digits")
+        return 0
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        print(f"{out}: expected a new or empty folder; give another or remove it", file=sys.stderr)
+        return 2
+    part = out.with_name(out.name + ".part")  # so that OUT is never half written
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if args.cluttered:
+        write_cluttered(part, args.size, args.seed, args.train)
+    else:
+        write_plain(part)
+    (part / marker.name).write_text(json.dumps(done) + "\n")
+    os.replace(part, out)
+    count = sum(1 for _ in out.glob("*/*/*.png"))
+    print(f"{out}: {count} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
