@@ -87,14 +87,15 @@ def _scans_by_formula(model: nn.Module) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     modules = {n: m for n, m in model.named_modules() if isinstance(m, ScanParameters)}
 
-    def stand_in(name: str, x: Tensor, proj: Tensor) -> Tensor:
+    def stand_in(name: str, x: Tensor, *inputs: Tensor) -> Tensor:
         counts[name] = int(modules[name].macs(int(x.shape[1])))
-        return x + proj.mean()  # a result that is not used would not be counted
+        return x + sum(t.mean() for t in inputs)  # what is not used would not be counted
 
     for name, module in modules.items():
         module.scan = lambda x, proj, *_, name=name: stand_in(name, x, proj)
+        module.quadtree_scan = lambda *inputs, name=name: stand_in(name, *inputs[:3])
     try:
         yield counts
     finally:
         for module in modules.values():
-            del module.scan
+            del module.scan, module.quadtree_scan

@@ -1,0 +1,329 @@
+"""The menu: train (default) | --eval | --throughput | --info.
+
+    python main.py --cfg configs/quadmamba_small.yaml --data-path DATA --output OUT
+    torchrun --nproc-per-node 8 main.py --cfg configs/quadmamba_small.yaml --data-path DATA
+
+Wrong input ends with a message and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.data import DataError, Loaders, build_loaders, skipped_images
+from quadmamba.models import QuadMamba, build_model
+from quadmamba.utils import engine, throughput
+from quadmamba.utils.checkpoint import (
+    BEST,
+    LAST,
+    CheckpointError,
+    load_pretrained,
+    plain,
+    read_run,
+)
+from quadmamba.utils.complexity import report
+from quadmamba.utils.distributed import (
+    DeviceError,
+    RankError,
+    World,
+    choose_device,
+    join,
+    world_from_env,
+)
+from quadmamba.utils.logging import OutputError, RunLog, make_output
+from quadmamba.utils.metrics import Metrics
+from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale
+from quadmamba.utils.stepper import Stepper, build_criterion
+from quadmamba.utils.visualize import partition_images
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, DeviceError, OutputError)
+CONFIGS = Path(__file__).parent / "configs"
+# Flag, the configuration key that it spells, type, help
+FLAGS = (
+    ("--data-path", "DATA.PATH", str, "folder that holds train/ and val/"),
+    ("--batch-size", "DATA.BATCH_SIZE", int, "images per process and step"),
+    ("--img-size", "DATA.IMG_SIZE", int, "side of the images in pixels"),
+    ("--workers", "DATA.WORKERS", int, "loader processes per rank"),
+    ("--output", "OUTPUT", str, "results go to OUTPUT/MODEL.NAME/TAG"),
+    ("--tag", "TAG", str, "name of the run"),
+    ("--pretrained", "TRAIN.PRETRAINED", str, "weights to start from or to evaluate"),
+    ("--resume", "TRAIN.RESUME", str, "checkpoint of a run to continue"),
+    ("--epochs", "TRAIN.EPOCHS", int, "passes over the training set"),
+    ("--seed", "TRAIN.SEED", int, "seed of every random generator"),
+    ("--device", "DEVICE", str, "auto, cpu or cuda"),
+)
+# Keys of the model that change what it computes but not the shapes of its weights
+SILENT_KEYS = ("ORDERS", "WINDOW", "SHIFT")
+
+
+def configure(argv: Sequence[str] | None) -> CfgNode:
+    """The configuration of a command line. Raises ConfigError; an unknown flag exits with 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cfg", metavar="YAML", help="configuration file")
+    modes = parser.add_mutually_exclusive_group()
+    for mode in ("eval", "throughput", "info"):
+        modes.add_argument(f"--{mode}", dest="MODE", action="store_const", const=mode)
+    for flag, key, kind, text in FLAGS:
+        metavar = flag.lstrip("-").replace("-", "_").upper()
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=f"{text} ({key})")
+    parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys")
+    parser.add_argument("--local-rank", "--local_rank", type=int, help="ignored: LOCAL_RANK counts")
+    flags = vars(parser.parse_args(argv))
+    path, opts = flags.pop("cfg", None), flags.pop("opts", [])
+    flags.pop("local_rank", None)
+    if path is None:
+        names = "\n".join(f"  {file}" for file in sorted(CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"--cfg: expected a configuration file, got none; there are\n{names}")
+    cfg = load_cfg(path, flags, opts)
+    if cfg.MODE == "eval" and not (cfg.TRAIN.PRETRAINED or cfg.TRAIN.RESUME):
+        raise ConfigError("--eval: expected weights, got none; give them with --pretrained CKPT")
+    return cfg
+
+
+def info(cfg: CfgNode, world: World) -> None:
+    """Print parameters and multiply-adds; the last line is one JSON object. Needs no data."""
+    if not world.is_main:
+        return
+    counts = report(build_model(cfg), cfg.DATA.IMG_SIZE)
+    print(f"{cfg.MODEL.NAME}\n{counts.table()}")
+    line = {"model": cfg.MODEL.NAME, "params": counts.params, "gmacs": round(counts.gmacs, 4)}
+    print(json.dumps({**line, "img_size": cfg.DATA.IMG_SIZE}))
+
+
+def measure(cfg: CfgNode, world: World) -> None:
+    """Print images per second and memory on random images; the last line is one JSON object."""
+    log = RunLog(quiet=not world.is_main)
+    greet(cfg, world, log)
+    classes = cfg.MODEL.NUM_CLASSES or 1000
+    torch.manual_seed(cfg.TRAIN.SEED)
+    stepper = build_stepper(cfg, world, placed(build_model(cfg), world), mixed=False)
+    on_gpu = world.device.type == "cuda"
+    speed = throughput.measure(
+        stepper,
+        batch=cfg.DATA.BATCH_SIZE,
+        img_size=cfg.DATA.IMG_SIZE,
+        classes=classes,
+        warmup=5 if on_gpu else 1,
+        steps=15 if on_gpu else 3,
+    )
+    log.say(f"inference {speed.inference_img_s:.1f} img/s  {speed.inference_memory_gb:.2f} GB")
+    log.say(f"training  {speed.training_img_s:.1f} img/s  {speed.training_memory_gb:.2f} GB")
+    log.say(json.dumps({"model": cfg.MODEL.NAME, **asdict(speed)}))
+
+
+def evaluate(cfg: CfgNode, world: World) -> None:
+    """Print the report and the accuracy of TRAIN.PRETRAINED; the last line is one JSON object."""
+    path = cfg.TRAIN.PRETRAINED or cfg.TRAIN.RESUME
+    log = RunLog(quiet=not world.is_main)
+    with world.together(DataError):
+        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=False)
+    greet(cfg, world, log)
+    model = build_reported(cfg, world, log, len(loaders.classes))
+    source, metrics = load_and_judge(cfg, world, log, model, loaders, path)
+    line = {"model": cfg.MODEL.NAME, "weights": source, **metrics.as_dict()}
+    report_skipped(world, log, loaders)
+    log.say(json.dumps(line))
+
+
+def train(cfg: CfgNode, world: World) -> None:
+    """Train: continue a run, or start one from TRAIN.PRETRAINED or fresh weights."""
+    folder = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+    with world.together(OutputError):
+        if world.is_main:
+            make_output(folder)
+    with world.together(DataError):
+        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=True)
+    log = RunLog(folder if world.is_main else None, quiet=not world.is_main)
+    greet(cfg, world, log)
+    log.say(
+        f"data: {len(loaders.train.dataset)} training and {len(loaders.val.dataset)} "
+        f"validation images of {len(loaders.classes)} classes in {cfg.DATA.PATH}"
+    )
+    model = build_reported(cfg, world, log, len(loaders.classes))
+    if cfg.TRAIN.PRETRAINED:
+        load_and_judge(cfg, world, log, model, loaders, cfg.TRAIN.PRETRAINED)
+    updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
+    stepper = build_stepper(cfg, world, model, mixed=loaders.mixup is not None, updates=updates)
+    progress = resume(cfg, stepper, log, folder)
+    draw = painter(cfg, world, loaders)
+    engine.train(cfg, stepper, loaders, log, folder=folder, progress=progress, draw=draw)
+    report_skipped(world, log, loaders)
+    if best := progress.best:
+        log.say(
+            f"done: best top-1 {best['top1']:.2f} % ({best['weights']} weights of epoch "
+            f"{best['epoch']}) in {folder / BEST}",
+            "green",
+        )
+    log.close()
+
+
+def greet(cfg: CfgNode, world: World, log: RunLog) -> None:
+    """Say what runs where: versions, device, batch, rates and precision."""
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
+    recipe, scale = cfg.TRAIN, lr_scale(cfg, world.size)
+    batch = cfg.DATA.BATCH_SIZE * recipe.ACCUM_STEPS * world.size
+    rule = f"{recipe.BASE_LR:g} x {batch}/{recipe.LR_BATCH}" if recipe.LR_BATCH else "not scaled"
+    log.say(f"{cfg.MODEL.NAME}  {cfg.MODE}", "green")
+    log.say("  ".join(f"{key} {value}" for key, value in engine.versions().items()))
+    log.say(
+        f"device: {world.size} x {name}  precision: {recipe.AMP if on_gpu else 'float32'}\n"
+        f"batch: {cfg.DATA.BATCH_SIZE} x {recipe.ACCUM_STEPS} steps x {world.size} processes = "
+        f"{batch}  learning rate: {recipe.BASE_LR * scale:g} ({rule})"
+    )
+
+
+def build_reported(cfg: CfgNode, world: World, log: RunLog, classes: int) -> QuadMamba:
+    """The model on the device of this rank, with fresh weights, after the report of its size."""
+    torch.manual_seed(cfg.TRAIN.SEED)
+    model = build_model(cfg, classes)
+    if world.is_main:
+        counts = report(model, cfg.DATA.IMG_SIZE)
+        log.say(counts.table())
+        log.record("model", 0, params=counts.params, gmacs=counts.gmacs)
+    return placed(model, world)
+
+
+def placed(model: QuadMamba, world: World) -> QuadMamba:
+    """The model on the device of this rank, filters in the layout of the tokens: channels last."""
+    return model.to(world.device, memory_format=torch.channels_last)
+
+
+def build_stepper(
+    cfg: CfgNode, world: World, model: QuadMamba, *, mixed: bool, updates: int = 0
+) -> Stepper:
+    """What takes the optimizer steps of cfg.TRAIN.
+
+    mixed: targets come from Mixup. updates: per epoch; 0 is for timing a step as in the tables of
+    other models: without schedule and average.
+    """
+    recipe = cfg.TRAIN
+    optimizer = build_optimizer(cfg, model, world_size=world.size)
+    schedule = build_scheduler(cfg, optimizer, updates, world_size=world.size) if updates else None
+    return Stepper(
+        model,
+        optimizer,
+        build_criterion(mixed, recipe.LABEL_SMOOTHING),
+        world=world,
+        scheduler=schedule,
+        amp=recipe.AMP,
+        clip=recipe.CLIP_GRAD,
+        ema_decay=recipe.EMA_DECAY if recipe.EMA and updates else 0.0,
+    )
+
+
+def load_and_judge(
+    cfg: CfgNode, world: World, log: RunLog, model: QuadMamba, loaders: Loaders, path: str
+) -> tuple[str, Metrics]:
+    """Load weights and report them and their accuracy. Returns which they are, and the latter."""
+    with world.together(CheckpointError):
+        loaded = load_pretrained(model, path, adapt_head=cfg.MODE == "train")
+    log.say(f"loaded {loaded}")
+    warn_of_changes(cfg, log, loaded.config)
+    metrics = engine.evaluate({"model": model}, loaders.val, world, log, amp=cfg.TRAIN.AMP)["model"]
+    log.say(f"accuracy of {path}  {metrics}", "cyan")
+    log.record("pretrained", 0, path=path, weights=loaded.source, **metrics.as_dict())
+    return loaded.source, metrics
+
+
+def resume(cfg: CfgNode, stepper: Stepper, log: RunLog, folder: Path) -> engine.Progress:
+    """Continue from TRAIN.RESUME, else with AUTO_RESUME from the last checkpoint in `folder`."""
+    world, last = stepper.world, folder / LAST
+    found = cfg.TRAIN.AUTO_RESUME and world.gather(last.is_file())[0]
+    path = cfg.TRAIN.RESUME or (str(last) if found else "")
+    if not path:
+        return engine.Progress()
+    where = path if cfg.TRAIN.RESUME else f"{path} (another --tag starts anew)"
+    with world.together(CheckpointError):
+        payload = read_run(path)
+        stepper.load_state(payload, where)
+    log.say(f"continuing {path} after epoch {payload['epoch']} of {cfg.TRAIN.EPOCHS}", "green")
+    warn_of_changes(cfg, log, payload["config"])
+    if cfg.TRAIN.PRETRAINED:
+        log.warn(
+            f"the weights of TRAIN.PRETRAINED are replaced by those of {path}; "
+            "to start anew choose another --tag"
+        )
+    return engine.Progress(payload["epoch"], payload["metrics"], payload["best"])
+
+
+def warn_of_changes(cfg: CfgNode, log: RunLog, saved: Mapping) -> None:
+    """Warn where the weights were trained for another scan than the one they now get."""
+    now, then = plain(cfg.MODEL), saved.get("MODEL", {})
+    for key in SILENT_KEYS:
+        if key in then and then[key] != now[key]:
+            log.warn(f"MODEL.{key}: the weights were trained with {then[key]}, now {now[key]}")
+
+
+def painter(cfg: CfgNode, world: World, loaders: Loaders) -> Callable[[nn.Module], Tensor] | None:
+    """What draws the partitions of some validation images; None where there is nothing to draw."""
+    data = loaders.val.dataset
+    quad = {"quadtree", "release"} & set(cfg.MODEL.ORDERS)
+    count = min(cfg.LOG_IMAGES, len(data)) if quad and world.is_main else 0
+    samples = [data[0, i * len(data) // count] for i in range(count)]
+    images = [sample.image for sample in samples if sample.image is not None]
+    if not images:
+        return None
+    batch = torch.stack(images).to(world.device)
+    return lambda model: partition_images(model, batch)
+
+
+def report_skipped(world: World, log: RunLog, loaders: Loaders) -> None:
+    """Say how many unreadable images were left out, over all ranks."""
+    for name in ("train", "val"):
+        loader = getattr(loaders, name)
+        skipped = sum(world.gather(skipped_images(loader) if loader else 0))
+        if skipped:
+            log.warn(f"{skipped} unreadable images of {name} were left out (DATA.ON_ERROR skip)")
+            log.record("skipped", 0, part=name, images=skipped)
+
+
+def stop(error: BaseException | None) -> int:
+    """Tell the user what is wrong, if there is something to tell; the exit code."""
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+MODES = {"train": train, "eval": evaluate, "throughput": measure}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    world = World()
+    try:
+        world = world_from_env()
+        cfg = configure(argv)
+        if cfg.MODE == "info":
+            info(cfg, world)
+            return 0
+        device = choose_device(cfg.DEVICE, world)
+    except USER_ERRORS as error:  # the same on all ranks: one of a node tells it
+        return stop(error if world.local_rank == 0 else None)
+    try:
+        with join(world, device, USER_ERRORS) as world:
+            MODES[cfg.MODE](cfg, world)
+    except RankError as failed:  # one rank tells the reason
+        return stop(failed.__cause__)
+    except USER_ERRORS as error:
+        return stop(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What the tests of whole runs share: a tiny image folder, a tiny model, and processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from quadmamba.main import main
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "MODEL.DIMS": "[8,16,24,32]",
+    "MODEL.DEPTHS": "[1,1,1,1]",
+    "DATA.WORKERS": 0,
+    "TRAIN.WARMUP_EPOCHS": 0,
+    "TRAIN.EMA_DECAY": 0.5,
+    "LOG_EVERY": 1,
+    "LOG_IMAGES": 1,
+    "DEVICE": "cpu",
+}
+
+
+def write_images(root: Path, train: int = 8, val: int = 5, classes: int = 2) -> Path:
+    """An image folder with train and val images per class; the classes differ in colour."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 60
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def arguments(*flags: object, **opts: object) -> list[str]:
+    """A command line of the tiny model; keys of opts are written with __ for the dot."""
+    keys = TINY | {key.replace("__", "."): value for key, value in opts.items()}
+    words = [str(word) for pair in keys.items() for word in pair]
+    cfg = ["--cfg", str(ROOT / "configs/quadmamba_lite.yaml"), "--img-size", "32"]
+    return [*cfg, *map(str, flags), "--opts", *words]
+
+
+def run(*flags: object, **opts: object) -> int:
+    """Run main in this process, in one thread; returns its exit code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return main(arguments(*flags, **opts))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(command: list[str], **env: object) -> subprocess.Popen:
+    """Start python with `command` in the root of the project, one thread, no GPU."""
+    values = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **env}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {key: str(value) for key, value in values.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; the process is stopped where it takes longer than `timeout`."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def two_ranks(command: list[str], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Run `command` as two ranks of one run without a launcher."""
+    port = free_port()
+    common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    ranks = [
+        start(command, **common, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)
+    ]
+    return [finish(process, timeout) for process in ranks]

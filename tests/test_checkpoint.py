@@ -1,0 +1,191 @@
+"""Checkpoints: atomic writing, strict loading, and files that are none."""
+
+import os
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from quadmamba.utils import checkpoint
+from quadmamba.utils.checkpoint import CheckpointError, load_pretrained, read, read_run, save
+
+
+class Net(nn.Module):
+    """Has a classifier under the name that the models give it."""
+
+    def __init__(self, classes: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Module()
+        self.head.fc = nn.Linear(4, classes)
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def equal(model, state):
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def both(path, model_top1, ema_top1):
+    """A file with both kinds of weights; returns them."""
+    states = {"model": Net(seed=1).state_dict(), "ema": Net(seed=2).state_dict()}
+    metrics = {"model": {"top1": model_top1}, "ema": {"top1": ema_top1}}
+    torch.save({**states, "metrics": metrics if model_top1 is not None else {}}, path)
+    return states
+
+
+def test_a_failed_write_keeps_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    save(path, {"epoch": 1})
+
+    def half(_, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save(path, {"epoch": 2})
+    assert read(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("kind", ["bare", "model", "wrapped", "safetensors", "checkpoint"])
+def test_every_kind_of_file_loads(tmp_path, kind):
+    state = Net(seed=1).state_dict()
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif kind == "wrapped":
+        torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
+    elif kind == "checkpoint":
+        torch.save({"model": state, "ema": None, "epoch": 3, "config": {"A": {"B": 1}}}, path)
+    else:
+        torch.save(state if kind == "bare" else {"model": state}, path)
+    model = Net()
+    report = load_pretrained(model, path, adapt_head=False)
+    assert equal(model, state)
+    assert (report.source, report.loaded, report.adapted) == ("model", 4, ())
+    assert report.config == ({"A": {"B": 1}} if kind == "checkpoint" else {})
+    assert str(path) in str(report)
+
+
+@pytest.mark.parametrize(
+    ("weights", "model_top1", "ema_top1", "expected"),
+    [
+        ("auto", 70.0, 60.0, "model"),
+        ("auto", 60.0, 70.0, "ema"),
+        ("auto", 70.0, 70.0, "ema"),
+        ("auto", None, None, "ema"),
+        ("model", 60.0, 70.0, "model"),
+        ("ema", 70.0, 60.0, "ema"),
+    ],
+)
+def test_the_better_weights_are_taken_unless_named(
+    tmp_path, weights, model_top1, ema_top1, expected
+):
+    states = both(tmp_path / "w.pth", model_top1, ema_top1)
+    model = Net()
+    report = load_pretrained(model, tmp_path / "w.pth", adapt_head=False, weights=weights)
+    assert report.source == expected
+    assert equal(model, states[expected])
+
+
+def test_average_that_is_not_there(tmp_path):
+    torch.save({"model": Net().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="expected ema weights"):
+        load_pretrained(Net(), tmp_path / "w.pth", adapt_head=False, weights="ema")
+
+
+def test_misfits_are_counted_and_named_and_change_nothing(tmp_path):
+    state = Net(seed=1).state_dict()
+    del state["body.bias"]
+    state["extra.weight"] = torch.zeros(2)
+    state["body.weight"] = torch.zeros(5, 4)
+    torch.save(state, tmp_path / "w.pth")
+    model = Net()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_pretrained(model, tmp_path / "w.pth", adapt_head=True)
+    text = str(caught.value)
+    assert "1 missing: body.bias" in text
+    assert "1 unexpected: extra.weight" in text
+    assert "1 of another shape: body.weight (5, 4) for (4, 4)" in text
+    assert equal(model, before)
+
+
+def test_a_head_of_another_size_only_when_adapting(tmp_path):
+    torch.save(Net(classes=7, seed=1).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="2 of another shape: head.fc.weight"):
+        load_pretrained(Net(), tmp_path / "w.pth", adapt_head=False)
+    model = Net()
+    fresh = model.head.fc.weight.clone()
+    report = load_pretrained(model, tmp_path / "w.pth", adapt_head=True)
+    assert report.adapted == ("head.fc.weight", "head.fc.bias")
+    assert "new head" in str(report)
+    assert torch.equal(model.head.fc.weight, fresh)
+    assert torch.equal(model.body.weight, Net(seed=1).body.weight)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"model": Evil(trap)}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil(trap)))
+    for name in ("evil.pth", "evil.pkl"):
+        with pytest.raises(CheckpointError):
+            load_pretrained(Net(), tmp_path / name, adapt_head=False)
+    assert not trap.exists()
+    pickle.loads((tmp_path / "evil.pkl").read_bytes())  # the trap itself works
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a checkpoint"),
+        (b"some text", "not a checkpoint"),
+        ("cut", "not a checkpoint, or it is cut off"),
+        ("list", "expected a dict of weights, got list"),
+        ("numbers", "got keys a, b"),
+        ("zip", "damaged or not a checkpoint"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value),
+)
+def test_files_that_are_no_checkpoints(tmp_path, content, message):
+    path = tmp_path / "w.pth"
+    torch.save([1] if content == "list" else {"a": 1, "b": 2}, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif content == "zip":
+        import zipfile
+
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a.txt", "hello")
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(Net(), path, adapt_head=False)
+
+
+def test_missing_file_and_bad_safetensors(tmp_path):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read(tmp_path / "none.pth")
+    (tmp_path / "w.safetensors").write_bytes(b"1234567890")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        read(tmp_path / "w.safetensors")
+
+
+def test_weights_alone_cannot_be_continued(tmp_path):
+    torch.save({"model": Net().state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="use --pretrained"):
+        read_run(tmp_path / "w.pth")

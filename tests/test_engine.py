@@ -1,0 +1,270 @@
+"""One optimizer step, metrics, logs and what ranks agree on."""
+
+import io
+import json
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import two_ranks
+from torch import nn
+
+from quadmamba.utils.distributed import DeviceError, RankError, World, first_host, world_from_env
+from quadmamba.utils.engine import Progress, seed_step
+from quadmamba.utils.logging import RunLog, duration
+from quadmamba.utils.metrics import Metrics, Tally, metrics_of
+from quadmamba.utils.stepper import Stepper, build_criterion
+
+
+def make_stepper(world=None, lr=0.1, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    criterion = build_criterion(mixed=False, label_smoothing=0.1)
+    return Stepper(model, optimizer, criterion, world=world or World(), **options)
+
+
+def batch(size, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 6, generator=rng), torch.randint(3, (size,), generator=rng)
+
+
+def gradients(stepper):
+    return [param.grad.clone() for param in stepper.model.parameters()]
+
+
+def weights(stepper):
+    return [param.detach().clone() for param in stepper.model.parameters()]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    whole, parts = make_stepper(), make_stepper()
+    images, targets = batch(12)
+    loss = whole.backward(images, targets, parts=1, last=True)
+    losses = [
+        parts.backward(images[i : i + 4], targets[i : i + 4], parts=3, last=i == 8)
+        for i in (0, 4, 8)
+    ]
+    assert torch.stack(losses).mean() == pytest.approx(loss.item(), rel=1e-6)
+    for a, b in zip(gradients(whole), gradients(parts)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_returned():
+    stepper = make_stepper(clip=1e-3)
+    stepper.backward(*batch(4), parts=1, last=True)
+    grads = gradients(stepper)
+    norm = stepper.update()
+    assert norm.item() == pytest.approx(torch.cat([g.flatten() for g in grads]).norm().item())
+    moments = stepper.optimizer.state.values()
+    clipped = torch.cat([state["exp_avg"].flatten() / 0.1 for state in moments]).norm()
+    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
+    stepper, other = make_stepper(), make_stepper()
+    images, targets = batch(4)
+    before = weights(stepper)
+    stepper.backward(images * math.nan, targets, parts=1, last=True)
+    stepper.update()
+    assert all(map(torch.equal, weights(stepper), before))
+    assert (stepper.skipped.item(), stepper.updates) == (1, 1)
+    for each in (stepper, other):
+        each.backward(images, targets, parts=1, last=True)
+        each.update()
+    assert all(map(torch.equal, weights(stepper), weights(other)))
+    assert not torch.equal(weights(stepper)[0], before[0])
+    assert stepper.skipped.item() == 1
+
+
+def test_average_follows_its_own_step_after_loading():
+    stepper, other = make_stepper(ema_decay=0.5), make_stepper(ema_decay=0.5)
+    for each in (stepper, other):
+        for i in range(4):
+            if each is other and i == 2:
+                each = make_stepper(ema_decay=0.5)
+                each.load_state(other.state(), "here")
+                other = each
+            each.backward(*batch(4, seed=i), parts=1, last=True)
+            each.update()
+    assert other.updates == 4
+    for a, b in zip(stepper.ema.module.parameters(), other.ema.module.parameters()):
+        assert torch.equal(a, b)
+    assert not torch.equal(stepper.ema.module[0].weight, stepper.model[0].weight)
+
+
+def test_settings_of_the_configuration_win_over_those_of_a_checkpoint():
+    old, new = make_stepper(lr=0.1), make_stepper(lr=0.2)
+    old.backward(*batch(4), parts=1, last=True)
+    old.update()
+    new.load_state(old.state(), "here")
+    assert new.optimizer.param_groups[0]["lr"] == 0.2
+    assert new.updates == 1
+
+
+def test_mixed_targets_need_the_soft_criterion():
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    soft = nn.functional.one_hot(targets, 3).float()
+    torch.testing.assert_close(
+        build_criterion(mixed=True, label_smoothing=0.1)(logits, soft),
+        build_criterion(mixed=False, label_smoothing=0.0)(logits, targets),
+    )
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_metrics_over_uneven_batches(classes):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(37, classes), torch.randint(classes, (37,))
+    tally = Tally(torch.device("cpu"))
+    for part in torch.arange(37).split(8):
+        tally.add(logits[part], targets[part])
+    found = metrics_of(tally.totals)
+    order = logits.argsort(1, descending=True)
+    assert found.top1 == 100 * (order[:, 0] == targets).sum().item() / 37
+    assert found.top5 == 100 * (order[:, :5] == targets[:, None]).any(1).sum().item() / 37
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert found.images == 37
+    assert "images 37" in str(found)
+
+
+def test_metrics_of_nothing():
+    assert metrics_of(torch.zeros(4)) == Metrics(0.0, 0.0, 0.0, 0)
+
+
+def test_the_best_validation_is_kept():
+    def result(top1):
+        return Metrics(1.0, top1, 100.0, 10)
+
+    progress = Progress(epoch=1)
+    assert progress.judge({"model": result(50.0), "ema": result(50.0)})
+    assert progress.best == {"top1": 50.0, "epoch": 1, "weights": "ema"}
+    progress.epoch = 2
+    assert not progress.judge({"model": result(50.0), "ema": result(40.0)})
+    assert progress.best["epoch"] == 1
+    assert progress.metrics["ema"]["top1"] == 40.0
+    assert progress.judge({"model": result(60.0), "ema": result(40.0)})
+    assert progress.best == {"top1": 60.0, "epoch": 2, "weights": "model"}
+
+
+def test_a_step_is_seeded_by_its_place():
+    def draw(*place):
+        seed_step(*place)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    for numbers in zip(*(draw(*place) for place in places)):  # of one generator
+        assert len(set(numbers)) == len(places)
+    assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)
+
+
+def test_log_lines_are_json_whatever_the_numbers(tmp_path, capsys):
+    log = RunLog(tmp_path)
+    log.record("train", 3, loss=math.nan, lr=1e-3, nested={"x": math.inf}, name="a")
+    log.warn("careful")
+    log.progress("epoch", 1, 2)
+    log.close()
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (line["kind"], line["updates"], line["loss"]) == ("train", 3, None)
+    assert (line["lr"], line["nested"]) == (1e-3, {"x": None})
+    captured = capsys.readouterr()
+    assert "warning: careful" in captured.out
+    assert captured.err == ""
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    log = RunLog()
+    log.progress("epoch 1", 5, 10)
+    assert "epoch 1 [############............] 5/10" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    RunLog(quiet=True).progress("epoch 1", 5, 10)
+    assert sys.stderr.getvalue() == ""
+
+
+def test_duration():
+    assert [duration(s) for s in (0, 61, 3600 * 30 + 5)] == ["0:00:00", "0:01:01", "30:00:05"]
+
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+
+
+def test_world_from_the_environment():
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
+    assert world_from_env({}) == World()
+    assert world_from_env(torchrun) == World(3, 1, 2, 4, launched=True)
+    assert world_from_env(torchrun | SLURM) == World(3, 1, 2, 4, launched=True)
+    assert world_from_env(SLURM) == World(9, 1, 8, 16, launched=True)
+    with pytest.raises(DeviceError, match="LOCAL_RANK"):
+        world_from_env({"RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("node7", "node7"), ("a,b", "a"), ("n[003-005,9],login1", "n003"), ("n[12]", "n12")],
+)
+def test_first_host_of_a_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_errors_of_one_process_reach_it_as_the_cause():
+    with pytest.raises(RankError) as caught, World().together(ValueError):
+        raise ValueError("expected this")
+    assert str(caught.value.__cause__) == "expected this"
+    with pytest.raises(KeyError), World().together(ValueError):
+        raise KeyError("another")
+
+
+TWO_RANKS = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from quadmamba.utils.distributed import RankError, join, world_from_env
+from test_engine import batch, gradients, make_stepper, weights
+
+images, targets = batch(16)
+with join(world_from_env(), torch.device("cpu"), ()) as world:
+    mine = slice(8 * world.rank, 8 * world.rank + 8)
+    whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world)
+    whole.backward(images, targets, parts=1, last=True)
+    half.backward(images[mine], targets[mine], parts=1, last=True)
+    for i in (0, 4):
+        part = slice(8 * world.rank + i, 8 * world.rank + i + 4)
+        parts.backward(images[part], targets[part], parts=2, last=i == 4)
+    for stepper in (half, parts):
+        for a, b in zip(gradients(whole), gradients(stepper)):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    half.optimizer.zero_grad()
+    before = weights(half)
+    spoiled = images[mine] * (torch.nan if world.rank else 1.0)
+    half.backward(spoiled, targets[mine], parts=1, last=True)
+    half.update()
+    assert all(map(torch.equal, weights(half), before))
+    assert half.skipped.item() == 1
+    try:
+        with world.together(ValueError):
+            if world.rank == 1:
+                raise ValueError("on one rank")
+    except RankError as error:
+        assert str(error) == "rank 1 failed"
+        assert (error.__cause__ is None) == (world.rank == 0)
+    assert world.gather(world.rank) == [0, 1]
+    print("agreed", flush=True)
+"""
+
+
+def test_two_ranks_agree_on_gradients_skips_and_errors():
+    for code, out, err in two_ranks(["-c", TWO_RANKS]):
+        assert code == 0, err
+        assert "agreed" in out

@@ -1,0 +1,1 @@
+"""The parts around a model: loop, checkpoints, processes, logs, counts and pictures."""

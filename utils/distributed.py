@@ -1,0 +1,195 @@
+"""Processes of a run: who this one is, its device, and what all of them agree on.
+
+One entry for plain python, torchrun, torch.distributed.launch and srun: rank, local rank and world
+size come from the environment. NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FAILED = "failed"
+
+
+class DeviceError(RuntimeError):
+    """The device or the process layout that was asked for does not exist here."""
+
+
+class RankError(RuntimeError):
+    """All ranks stop because of an error, which is the cause of this one on the rank to tell it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run.
+
+    rank, size: over all nodes. local_rank, local_size: on this node. launched: a launcher started
+    it, so there is a process group.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+    size: int = 1
+    launched: bool = False
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that reports and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the ranks, on every rank."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: object) -> list:
+        """The plain `value` of every rank, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self, *errors: type[Exception]) -> Iterator[None]:
+        """Run a block without collectives; where it raises one of `errors` on any rank, all stop.
+
+        All raise RankError, whose cause is the error on the lowest failing rank and None on the
+        others: one rank tells the reason, and none waits for one that has gone.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except errors as caught:
+            error = caught
+        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
+        if failed:
+            raise RankError(f"rank {failed[0]} failed") from (
+                error if failed[0] == self.rank else None
+            )
+
+
+def world_from_env(env: Mapping[str, str] = os.environ) -> World:
+    """Rank, local rank and sizes from torchrun's variables or a Slurm step's; else a world of one.
+
+    Raises DeviceError where a variable is missing or is not a number.
+    """
+    names = {
+        "RANK": ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+        "SLURM_STEP_NUM_TASKS": (
+            "SLURM_PROCID",
+            "SLURM_LOCALID",
+            "SLURM_STEP_TASKS_PER_NODE",
+            "SLURM_STEP_NUM_TASKS",
+        ),
+    }
+    for mark, variables in names.items():
+        if mark in env:
+            rank, local_rank, local_size, size = (_number(env, name) for name in variables)
+            return World(rank, local_rank, local_size, size, launched=True)
+    return World()
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    found = re.match(r"\d+", env.get(name, ""))  # Slurm writes tasks per node as "4(x2)"
+    if not found:
+        raise DeviceError(
+            f"expected a number in the environment variable {name}, got {env.get(name)!r}; "
+            "start with python, torchrun or srun"
+        )
+    return int(found[0])
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: "node[003-005,9],login1" -> "node003"."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?", nodes)
+    return found[1] + (found[2] or "") if found else nodes
+
+
+def choose_device(kind: str, world: World) -> torch.device:
+    """The device of this rank: `kind` is auto (a GPU if there is one), cpu or cuda.
+
+    Raises DeviceError, on all ranks of the node alike, where there are fewer GPUs than processes.
+    """
+    count = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
+    if kind == "cuda" and not count:
+        raise DeviceError(
+            "DEVICE cuda: expected a GPU, found none; use DEVICE cpu or check the driver"
+        )
+    if count and world.local_size > count:
+        raise DeviceError(
+            f"expected at most {count} processes on this node, one per GPU, "
+            f"got {world.local_size}; lower --nproc_per_node or use DEVICE cpu"
+        )
+    return torch.device("cuda", world.local_rank) if count else torch.device("cpu")
+
+
+@contextmanager
+def join(
+    world: World, device: torch.device, errors: tuple[type[Exception], ...]
+) -> Iterator[World]:
+    """Enter the process group of a launched run (NCCL or gloo by device) and leave it at the end.
+
+    Yields the world with its device. A rank that leaves the block with one of `errors` tells the
+    others: where one of these then loses its partner in a collective, RankError without a cause
+    takes the place of that secondary error.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = replace(world, device=device)
+    if not world.launched:
+        yield world
+        return
+    store = _enter(world)
+    try:
+        yield world
+        dist.barrier()
+    except RankError:  # all ranks leave
+        dist.destroy_process_group()
+        raise
+    except errors as error:
+        store.set(_FAILED, f"rank {world.rank}: {error}")
+        _leave_alone(world)
+        raise
+    except RuntimeError as error:
+        if store.check([_FAILED]):
+            _leave_alone(world)
+            raise RankError(f"{error}") from None
+        raise
+    dist.destroy_process_group()
+
+
+def _leave_alone(world: World) -> None:
+    """Leave the group while other ranks may still wait in it; NCCL would wait for them."""
+    if world.device.type == "cpu":
+        dist.destroy_process_group()
+
+
+def _enter(world: World) -> dist.Store:
+    """Start the process group; returns the store that the ranks share."""
+    if "MASTER_ADDR" not in os.environ:  # a Slurm step: its first host
+        os.environ["MASTER_ADDR"] = first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
+    on_gpu = world.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("run", store),
+        rank=rank,
+        world_size=size,
+        device_id=world.device if on_gpu else None,
+    )
+    return store

@@ -1,0 +1,107 @@
+"""What a run says: the console, a progress bar, JSON lines and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from termcolor import colored
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+LOG_FILE = "log.jsonl"
+_BAR = 24
+
+
+class OutputError(OSError):
+    """The output folder cannot be made or written."""
+
+
+def make_output(folder: Path) -> None:
+    """Make the output folder and write to it once. Raises OutputError where that fails."""
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"OUTPUT: expected a folder that can be written, got {folder}: {error.strerror}; "
+            "choose another with --output"
+        ) from error
+
+
+class RunLog:
+    """The voice of one rank: silent where `quiet`; files only with a `folder`.
+
+    folder: receives log.jsonl, one JSON object a line, appended, and TensorBoard's events.
+    """
+
+    def __init__(self, folder: Path | None = None, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._lines = (folder / LOG_FILE).open("a", buffering=1) if folder else None
+        self._board = SummaryWriter(str(folder)) if folder else None
+
+    def say(self, text: str, color: str | None = None) -> None:
+        """Print a line, in colour on a terminal that has it."""
+        if self._quiet:
+            return
+        if self._terminal:
+            sys.stderr.write("\r\033[K")  # the progress bar
+            sys.stderr.flush()
+        sys.stdout.write(colored(text, color) + "\n" if color else text + "\n")
+        sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.say(f"warning: {text}", "yellow")
+
+    def record(self, kind: str, updates: int, **values: object) -> None:
+        """One JSON line; numbers go to TensorBoard as `kind`/name at `updates` too. NaN and
+        infinities become null.
+        """
+        if self._lines is not None:
+            safe = {key: _finite(value) for key, value in values.items()}
+            entry = {"kind": kind, "updates": updates, "time": round(time.time(), 3), **safe}
+            self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, updates)
+
+    def images(self, name: str, images: Tensor, updates: int) -> None:
+        """Pictures (n, 3, h, w) in [0, 1] to TensorBoard."""
+        if self._board is not None:
+            self._board.add_images(name, images, updates)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Draw a progress bar, on a terminal only; it goes away when complete."""
+        if not self._terminal:
+            return
+        filled = _BAR * done // max(total, 1)
+        bar = "#" * filled + "." * (_BAR - filled)
+        sys.stderr.write(f"\r\033[K{label} [{bar}] {done}/{total}" if done < total else "\r\033[K")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

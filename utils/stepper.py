@@ -1,0 +1,141 @@
+"""One optimizer step: gradients of some batches, precision, clipping, AdamW, schedule, average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from quadmamba.utils.checkpoint import CheckpointError, load_weights
+from quadmamba.utils.distributed import World
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_criterion(mixed: bool, label_smoothing: float) -> nn.Module:
+    """Cross-entropy with class numbers, or with the targets of Mixup, which smooths them itself."""
+    if mixed:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Autocast to bf16 or fp16 on a GPU; on a CPU, or with "off", everything stays float32."""
+    on = device.type == "cuda" and amp in _DTYPES
+    return torch.autocast(device.type, dtype=_DTYPES[amp] if on else None, enabled=on)
+
+
+class Stepper:
+    """One optimizer step: the gradients of some batches, clipping, AdamW, schedule and average.
+
+    A step whose gradient is not finite is skipped and counted in `skipped`. The gradients are
+    summed over the ranks first, so a fault on one of them is seen by all and they skip together,
+    and the decision stays on the device: the fused optimizer reads it there.
+
+    amp: "bf16", "fp16" (with loss scaling, which skips a few steps by design) or "off".
+    clip: largest gradient norm, 0 for none.
+    ema_decay: decay of the average of the weights, 0 for no average.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: nn.Module,
+        *,
+        world: World,
+        scheduler: Scheduler | None = None,
+        amp: str = "off",
+        clip: float = 0.0,
+        ema_decay: float = 0.0,
+    ) -> None:
+        self.model, self.optimizer, self.criterion = model, optimizer, criterion
+        self.world, self.scheduler, self.amp = world, scheduler, amp
+        self.clip = clip or math.inf
+        self.updates = 0
+        self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=world.device.type == "cuda" and amp == "fp16"
+        )
+        self.net: nn.Module | DistributedDataParallel = model
+        if world.launched:
+            self.net = DistributedDataParallel(
+                model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+
+    def backward(self, images: Tensor, targets: Tensor, *, parts: int, last: bool) -> Tensor:
+        """Add the gradient of one of `parts` batches; ranks exchange theirs with the last one.
+
+        Returns the loss.
+        """
+        wait: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if isinstance(self.net, DistributedDataParallel) and not last:
+            wait = self.net.no_sync()
+        with wait:
+            with autocast(self.world.device, self.amp):
+                loss = self.criterion(self.net(images), targets)
+            self.scaler.scale(loss / parts).backward()
+        return loss.detach()
+
+    def update(self) -> Tensor:
+        """Take the step; returns the norm of the gradient before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        bad = ~norm.isfinite()
+        self.skipped += bad
+        if not self.scaler.is_enabled():
+            # the fused kernel reads it, as where a scaler sets it
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates)
+        return norm
+
+    def state(self) -> dict[str, object]:
+        """What a checkpoint keeps of it."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state(self, state: Mapping, where: str) -> None:
+        """Continue from `state`; rates, decays and other settings stay those of the configuration.
+
+        Raises CheckpointError where weights or optimizer state do not fit.
+        """
+        load_weights(self.model, state["model"], where)
+        if self.ema is not None:
+            load_weights(self.ema.module, state["ema"] or state["model"], where)
+        own = self.optimizer.state_dict()["param_groups"]
+        saved = state["optimizer"]
+        sizes = [[len(g["params"]) for g in groups] for groups in (own, saved["param_groups"])]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"{where}: expected optimizer groups of {sizes[0]} parameters, got {sizes[1]}; "
+                "is TRAIN.DECAY_SSM the one it was trained with?"
+            )
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.updates = state["updates"]
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
