@@ -150,3 +150,5 @@ _C.TAG = "default"
 _C.LOG_EVERY = 10
 # Validation images whose score maps and partitions go to TensorBoard, 0 for none
 _C.LOG_IMAGES = 4
+# Epochs between two such pictures, taken at a validation (the last one always is)
+_C.LOG_IMAGES_EVERY = 10

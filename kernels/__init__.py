@@ -1,4 +1,4 @@
-"""Kernels: the selective scan, and the quadtree gather. They import torch and triton, nothing of the project."""
+"""Kernels: the selective scan, the quadtree gather and the fused ops around them."""
 
 try:  # the installed distribution, with compiled kernels
     import selective_scan

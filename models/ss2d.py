@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadmamba.kernels import selective_scan
-from quadmamba.kernels.quadtree_gather import gather_in, gather_out
+from quadmamba.kernels.quadtree_scan import quadtree_scan
 from quadmamba.models.layers import NORM_EPS, GridConv2d, tag
-from quadmamba.models.orders import QuadtreeOrder, RasterOrder, WindowOrder
+from quadmamba.models.orders import QuadMaps, QuadtreeOrder, RasterOrder, WindowOrder
 from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # range of softplus(dt_bias) at initialisation
@@ -61,10 +61,17 @@ class ScanParameters(nn.Module):
         self, x: Tensor, proj: Tensor, tables: Tensor, select: Tensor, reverse: list[bool]
     ) -> Tensor:
         """Sum of the k scans, tokens (b, l, d) -> (b, l, d); see `selective_scan.route_scan`."""
-        A = -torch.exp(self.A_log)
-        return selective_scan.route_scan(
-            x, proj, self.dt_weight, self.dt_bias, A, self.D, tables, select, reverse
-        )
+        index = (tables, select, reverse)
+        return selective_scan.route_scan(x, proj, *self.weights(), *index, out_dtype=x.dtype)
+
+    def quadtree_scan(self, x: Tensor, proj: Tensor, decision: Tensor, maps: QuadMaps) -> Tensor:
+        """Sum of both scans over the quadtree sequence, tokens (b, l, d) -> (b, l, d)."""
+        index = (maps.fine, maps.coarse, maps.quadrant)
+        return quadtree_scan(x, proj, decision, self.weights(), index, maps.tables)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt_weight, dt_bias, A and D, as the scans take them."""
+        return self.dt_weight, self.dt_bias, -torch.exp(self.A_log), self.D
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds of the scans of one image: d·r for a token's delta, and 9·d·n + d.
@@ -161,14 +168,7 @@ class QuadSS2D(SS2D):
         maps = self.order.maps(h, w, self.shift(h, w), x.device)
         decision = self.decide(self.predictor(x))
         x = x.flatten(1, 2)  # (b, l, d)
-        proj = self.ssm.project(x)  # (b, l, 2, r + 2n)
-        index = (decision, maps.fine, maps.coarse, maps.quadrant)
-        seq = gather_in(x, *index)
-        seq_proj = gather_in(proj.flatten(2), *index).view(proj.shape)
-        straight = torch.arange(h * w, dtype=torch.int32, device=x.device)[None]
-        select = torch.zeros(1, 2, dtype=torch.int32, device=x.device)
-        y = self.ssm.scan(seq, seq_proj, straight, select, self.reverse)
-        return gather_out(y, *index)
+        return self.ssm.quadtree_scan(x, self.ssm.project(x), decision, maps)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sign={self.sign}, tau={self.tau}"

@@ -138,7 +138,7 @@ def train(
             metrics = evaluate(models, loaders.val, world, log, amp=stepper.amp)
             best = progress.judge(metrics)
             _report_validation(metrics, stepper, progress, log)
-            if draw is not None:
+            if draw is not None and (final or progress.epoch % cfg.LOG_IMAGES_EVERY == 0):
                 log.images("partition", draw(stepper.model), stepper.updates)
         due = final or progress.epoch % train_cfg.SAVE_EVERY == 0
         names = [name for name, wanted in ((LAST, due), (BEST, best)) if wanted]
