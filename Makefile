@@ -1,8 +1,13 @@
 # `make demo` and `make test` set up everything they need in .venv; either can be the first command.
 PYTHON ?= python3
 PY := .venv/bin/python
-NPROC ?= 2
-KERNEL_SOURCES := $(shell find kernels/selective_scan -name '*.py' -o -name '*.c*' -o -name '*.h' -o -name '*.toml' | grep -v -e build -e egg-info)
+# Architectures to build the kernels for: the GPUs that are here, else Hopper
+CAPABILITIES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(CAPABILITIES),9.0)
+# Waiting threads sleep: spinning ones starve each other where processes outnumber cores
+export OMP_WAIT_POLICY ?= PASSIVE
+KERNELS := kernels/selective_scan
+KERNEL_SOURCES := $(KERNELS)/setup.py $(KERNELS)/pyproject.toml $(wildcard $(KERNELS)/csrc/*)
 
 .PHONY: demo test lint kernels clean
 
@@ -21,12 +26,12 @@ kernels: .venv/.kernels
 
 .venv/.ready: constraints.txt requirements.txt setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt setuptools wheel ninja
-	$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PY) -m pip install -qq -c constraints.txt setuptools wheel ninja
+	$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 .venv/.kernels: .venv/.ready $(KERNEL_SOURCES)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e kernels/selective_scan
+	$(PY) -m pip install -qq --no-build-isolation --no-deps -e $(KERNELS)
 	touch $@
 
 clean:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from quadmamba.kernels.fused import dwconv_silu, layer_norm
 
 NORM_EPS = 1e-5
 
@@ -20,12 +24,41 @@ def tag_rest(model: nn.Module) -> None:
             tag(param, "decay" if param.dim() > 1 else "no_decay")
 
 
+def is_fused(x: Tensor) -> bool:
+    """Whether the fused kernels take `x`: they are for the GPU, and not for float64."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels; on a GPU fused, and then in autocast's dtype where it is on."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_fused(x):
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
 class GridConv2d(nn.Conv2d):
     """A convolution of a token grid: (b, h, w, c) -> (b, h', w', c'), with no copy on the way."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x.permute(0, 3, 1, 2))  # (b, c', h', w'), channels last in memory
         return y.permute(0, 2, 3, 1)
+
+
+class DepthwiseSiLU(GridConv2d):
+    """SiLU of a depthwise 3x3 convolution without bias. (b, h, w, dim) -> the same."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_fused(x):
+            return dwconv_silu(x, self.weight)
+        return F.silu(super().forward(x))
 
 
 class Stem(nn.Sequential):
@@ -37,10 +70,10 @@ class Stem(nn.Sequential):
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__(
             GridConv2d(in_chans, dim // 2, 3, stride=2, padding=1),
-            nn.LayerNorm(dim // 2, eps=NORM_EPS),
+            LayerNorm(dim // 2),
             nn.GELU(),
             GridConv2d(dim // 2, dim, 3, stride=2, padding=1),
-            nn.LayerNorm(dim, eps=NORM_EPS),
+            LayerNorm(dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +86,7 @@ class Downsample(nn.Sequential):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(
             GridConv2d(dim, out_dim, 3, stride=2, padding=1),
-            nn.LayerNorm(out_dim, eps=NORM_EPS),
+            LayerNorm(out_dim),
         )
 
 
@@ -62,7 +95,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim)
         self.fc = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

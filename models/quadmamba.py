@@ -9,7 +9,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quadmamba.models.layers import NORM_EPS, Downsample, Head, Stem, tag_rest
+from quadmamba.models.layers import Downsample, Head, LayerNorm, Stem, tag_rest
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ScanOrder, build_order
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
@@ -19,9 +19,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, *, op: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim)
         self.op = op
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 

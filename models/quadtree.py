@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quadmamba.models.layers import NORM_EPS
+from quadmamba.kernels.fused import predictor_score
+from quadmamba.models.layers import LayerNorm, is_fused
 
 
 class QuadPredictor(nn.Module):
@@ -19,7 +20,7 @@ class QuadPredictor(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.LayerNorm(dim, eps=NORM_EPS), nn.Linear(dim, dim), nn.GELU())
+        self.embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.score = nn.Sequential(
             nn.Linear(dim, dim // 2),
             nn.GELU(),
@@ -29,6 +30,8 @@ class QuadPredictor(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_fused(x):
+            return predictor_score(x, list(self.parameters()))
         logits = self.score(self.embed(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1)[..., 0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.quadtree_scan import quadtree_scan
-from quadmamba.models.layers import NORM_EPS, GridConv2d, tag
+from quadmamba.models.layers import DepthwiseSiLU, LayerNorm, tag
 from quadmamba.models.orders import QuadMaps, QuadtreeOrder, RasterOrder, WindowOrder
 from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
 
@@ -104,13 +104,13 @@ class SS2D(nn.Module):
         inner = int(dim * ssm_ratio)
         self.order = order
         self.in_proj = nn.Linear(dim, inner, bias=False)
-        self.conv = GridConv2d(inner, inner, 3, padding=1, groups=inner, bias=False)
+        self.conv = DepthwiseSiLU(inner)
         self.ssm = ScanParameters(self.routes, inner, d_state, dt_rank=math.ceil(dim / 16))
-        self.out_norm = nn.LayerNorm(inner, eps=NORM_EPS)
+        self.out_norm = LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv(self.in_proj(x)))  # (b, h, w, d)
+        x = self.conv(self.in_proj(x))  # (b, h, w, d)
         y = self.scan(x).view(x.shape)
         return self.out_proj(self.out_norm(y))
 

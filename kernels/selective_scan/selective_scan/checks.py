@@ -1,15 +1,20 @@
-"""Argument checks shared by the references, the fake kernels and the ops: one place, one wording."""
+"""Argument checks shared by references, fake kernels and ops: one place, one wording."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
-def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str, op: str) -> None:
+def _expect(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], letters: str, op: str
+) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: expected {name} of shape {letters} = {shape}, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{op}: expected {name} of shape {letters} = {shape}, got {tuple(tensor.shape)}"
+        )
 
 
 def check_selective_scan(
@@ -26,11 +31,15 @@ def check_selective_scan(
     op = "selective_scan"
     if u.dim() != 3 or A.dim() != 2 or B.dim() != 4:
         got = f"u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
-        raise ValueError(f"{op}: expected u (b, d, l), A (d, n) and B (b, n, l) or (b, g, n, l), got {got}")
+        raise ValueError(
+            f"{op}: expected u (b, d, l), A (d, n) and B (b, n, l) or (b, g, n, l), got {got}"
+        )
     b, d, l = u.shape
     n, g = A.shape[1], B.shape[1]
     if g < 1 or d % g:
-        raise ValueError(f"{op}: expected d to be a multiple of the groups of B, got d = {d} and {g} groups")
+        raise ValueError(
+            f"{op}: expected d to be a multiple of the groups of B, got d = {d} and {g} groups"
+        )
     _expect("delta", delta, (b, d, l), "(b, d, l)", op)
     _expect("A", A, (d, n), "(d, n)", op)
     _expect("B", B, (b, g, n, l), "(b, g, n, l)", op)
@@ -38,6 +47,16 @@ def check_selective_scan(
     _expect("D", D, (d,), "(d)", op)
     _expect("z", z, (b, d, l), "(b, d, l)", op)
     _expect("delta_bias", delta_bias, (d,), "(d)", op)
+
+
+def check_scan_dtypes(u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> None:
+    """Raise ValueError unless u, delta, B and C share a dtype the kernels take."""
+    dtypes = [x.dtype for x in (u, delta, B, C)]
+    if len(set(dtypes)) > 1 or u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            "selective_scan: expected u, delta, B and C all float32, all float16 or all bfloat16, "
+            f"got {', '.join(str(dtype) for dtype in dtypes)}"
+        )
 
 
 def check_route_scan(
@@ -53,11 +72,19 @@ def check_route_scan(
 ) -> None:
     """Raise ValueError unless the shapes fit `route_scan`."""
     op = "route_scan"
-    if x.dim() != 3 or dt_weight.dim() != 3 or A.dim() != 3 or tables.dim() != 2 or select.dim() != 2:
+    if (
+        x.dim() != 3
+        or dt_weight.dim() != 3
+        or A.dim() != 3
+        or tables.dim() != 2
+        or select.dim() != 2
+    ):
         names = {"x": x, "dt_weight": dt_weight, "A": A, "tables": tables, "select": select}
         got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in names.items())
-        raise ValueError(f"{op}: expected x (b, l, d), dt_weight (k, d, r), A (k, d, n), tables (t, l), "
-                         f"select (b, k), got {got}")
+        raise ValueError(
+            f"{op}: expected x (b, l, d), dt_weight (k, d, r), A (k, d, n), tables (t, l), "
+            f"select (b, k), got {got}"
+        )
     b, l, d = x.shape
     k, _, r = dt_weight.shape
     n = A.shape[2]
@@ -67,8 +94,12 @@ def check_route_scan(
     _expect("A", A, (k, d, n), "(k, d, n)", op)
     _expect("D", D, (k, d), "(k, d)", op)
     if tables.shape[1] != l or tables.is_floating_point() or select.is_floating_point():
-        raise ValueError(f"{op}: expected integer tables (t, {l}) and integer select, "
-                         f"got {tables.dtype} {tuple(tables.shape)} and {select.dtype}")
+        raise ValueError(
+            f"{op}: expected integer tables (t, {l}) and integer select, "
+            f"got {tables.dtype} {tuple(tables.shape)} and {select.dtype}"
+        )
     if tuple(select.shape) not in ((b, k), (1, k)) or len(reverse) != k:
-        raise ValueError(f"{op}: expected select ({b}, {k}) or (1, {k}) and {k} reverse flags, "
-                         f"got {tuple(select.shape)} and {len(reverse)} flags")
+        raise ValueError(
+            f"{op}: expected select ({b}, {k}) or (1, {k}) and {k} reverse flags, "
+            f"got {tuple(select.shape)} and {len(reverse)} flags"
+        )

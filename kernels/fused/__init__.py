@@ -1,0 +1,21 @@
+"""Fused Triton ops around the scan; each is the PyTorch reference for CPU tensors."""
+
+from quadmamba.kernels.fused.dwconv_silu import dwconv_silu, dwconv_silu_ref
+from quadmamba.kernels.fused.layer_norm import (
+    add_layer_norm,
+    add_layer_norm_ref,
+    layer_norm,
+    layer_norm_ref,
+)
+from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_ref",
+    "dwconv_silu",
+    "dwconv_silu_ref",
+    "layer_norm",
+    "layer_norm_ref",
+    "predictor_score",
+    "predictor_score_ref",
+]

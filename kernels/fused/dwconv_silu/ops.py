@@ -1,0 +1,86 @@
+"""`dwconv_silu` as torch.library ops: Triton for CUDA tensors, the reference for CPU tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from quadmamba.kernels.fused.dwconv_silu.reference import (
+    check_dwconv,
+    dwconv_silu_grad_ref,
+    dwconv_silu_ref,
+)
+from quadmamba.kernels.fused.launch import check_half_or_single, triton_kernels
+
+
+def dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU of a depthwise 3x3 convolution (padding 1, no bias), (b, h, w, d) to (b, h, w, d).
+
+    weight: (d, 1, 3, 3), any floating dtype; sums are float32, the output has the dtype of x.
+    Backward computes the pre-activation anew: only x is kept. Runs are bit-equal.
+    Raises ValueError for shapes or dtypes that do not fit, RuntimeError on CUDA without Triton.
+    """
+    check_dwconv(x, weight)
+    return _dwconv_silu(x, weight)
+
+
+@torch.library.custom_op("quadmamba::dwconv_silu", mutates_args=(), device_types="cuda")
+def _dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
+    check_half_or_single("dwconv_silu", x)
+    return triton_kernels(__package__).forward(x.contiguous(), weight.contiguous())
+
+
+@_dwconv_silu.register_kernel("cpu")
+def _dwconv_silu_cpu(x, weight):
+    return dwconv_silu_ref(x, weight).contiguous()
+
+
+@_dwconv_silu.register_fake
+def _dwconv_silu_fake(x, weight):
+    check_dwconv(x, weight)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("quadmamba::dwconv_silu_backward", mutates_args=(), device_types="cuda")
+def _dwconv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    check_half_or_single("dwconv_silu", x)
+    kernels = triton_kernels(__package__)
+    return kernels.backward(grad.contiguous(), x.contiguous(), weight.contiguous())
+
+
+@_dwconv_silu_backward.register_kernel("cpu")
+def _dwconv_silu_backward_cpu(grad, x, weight):
+    grad_x, grad_weight = dwconv_silu_grad_ref(grad, x, weight)
+    return grad_x.contiguous(), grad_weight.contiguous()
+
+
+@_dwconv_silu_backward.register_fake
+def _dwconv_silu_backward_fake(grad, x, weight):
+    like = {"memory_format": torch.contiguous_format}
+    return torch.empty_like(x, **like), torch.empty_like(weight, **like)
+
+
+def _save_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    return _dwconv_silu_backward(grad, *ctx.saved_tensors)
+
+
+_dwconv_silu.register_autograd(_autograd, setup_context=_save_inputs)
+
+
+@register_flop_formula(torch.ops.quadmamba.dwconv_silu)
+def _flops(x_shape, weight_shape, *, out_shape=None, **kwargs) -> int:
+    """Two operations a multiply-add, torch's convention."""
+    return 18 * math.prod(x_shape)
+
+
+@register_flop_formula(torch.ops.quadmamba.dwconv_silu_backward)
+def _flops_backward(grad_shape, x_shape, weight_shape, *, out_shape=None, **kwargs) -> int:
+    """The gradients of x and of weight; the pre-activation computed anew is not counted."""
+    return 36 * math.prod(x_shape)

@@ -1,0 +1,49 @@
+"""What every Triton op shares: the late import of its kernels, and the size of a grid."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MAX_PARTIALS = (
+    132 * 16
+)  # rows of partial sums: enough to fill the largest GPUs, few enough to add up
+
+
+def triton_kernels(package: str, module: str = "triton") -> ModuleType:
+    """The module of a kernel package that launches its Triton kernels, imported on first use.
+
+    Raises RuntimeError where Triton itself is not installed.
+    """
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        raise RuntimeError(
+            f"{package}: expected Triton for CUDA tensors, got no such package; "
+            "run `pip install triton`, or move the tensors to the CPU"
+        ) from error
+    return importlib.import_module(f"{package}.{module}")
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Number of blocks of b that cover a."""
+    return -(-a // b)
+
+
+def check_half_or_single(op: str, *tensors: Tensor) -> None:
+    """Raise ValueError unless every tensor is float16, bfloat16 or float32."""
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"{op}: expected float16, bfloat16 or float32 on CUDA, got {tensor.dtype}"
+            )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of autocast where it is on for the device of x, else that of x."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

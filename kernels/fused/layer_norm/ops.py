@@ -1,0 +1,187 @@
+"""The LayerNorms as torch.library ops: Triton for CUDA tensors, the reference for CPU tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quadmamba.kernels.fused.launch import check_half_or_single, compute_dtype, triton_kernels
+from quadmamba.kernels.fused.layer_norm.reference import (
+    add_layer_norm_ref,
+    check_add,
+    check_layer_norm,
+    layer_norm_grad_ref,
+    layer_norm_ref,
+)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """LayerNorm of x (..., d) over d, computed in float32; weight, bias: (d).
+
+    out_dtype: dtype of the result, by default that of autocast where it is on, else that of x.
+    Backward keeps x alone. Runs are bit-equal. Raises ValueError for shapes or dtypes that do not
+    fit, RuntimeError on CUDA without Triton.
+    """
+    check_layer_norm(x, weight, bias)
+    return _layer_norm(x, weight, bias, eps, out_dtype or compute_dtype(x))
+
+
+def add_layer_norm(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None = None,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(total, norm(total)) with total = residual + scale · x, in one pass.
+
+    residual, x: (b, ..., d); total has the dtype of residual. scale: (b), a constant factor per
+    sample (drop path), or None. weight, bias, eps, out_dtype, errors: as in `layer_norm`, of x.
+    Backward keeps the total alone.
+    """
+    check_add(residual, x, scale)
+    check_layer_norm(x, weight, bias)
+    return _add_layer_norm(residual, x, weight, bias, scale, eps, out_dtype or compute_dtype(x))
+
+
+@torch.library.custom_op("quadmamba::layer_norm", mutates_args=(), device_types="cuda")
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    check_half_or_single("layer_norm", x)
+    kernels = triton_kernels(__package__)
+    return kernels.forward(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, out_dtype)[
+        1
+    ]
+
+
+@_layer_norm.register_kernel("cpu")
+def _layer_norm_cpu(x, weight, bias, eps, out_dtype):
+    return layer_norm_ref(x, weight, bias, eps, out_dtype).contiguous()
+
+
+@_layer_norm.register_fake
+def _layer_norm_fake(x, weight, bias, eps, out_dtype):
+    check_layer_norm(x, weight, bias)
+    return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("quadmamba::layer_norm_backward", mutates_args=(), device_types="cuda")
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_half_or_single("layer_norm", grad, x)
+    kernels = triton_kernels(__package__)
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    return kernels.backward(grad, x, weight, eps, x.dtype)[1:]
+
+
+@_layer_norm_backward.register_kernel("cpu")
+def _layer_norm_backward_cpu(grad, x, weight, eps):
+    grad_x, *grad_params = layer_norm_grad_ref(grad, x, weight, eps)
+    return grad_x.view(x.shape).to(x.dtype, copy=True), *(g.to(weight.dtype) for g in grad_params)
+
+
+@_layer_norm_backward.register_fake
+def _layer_norm_backward_fake(grad, x, weight, eps):
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save_layer_norm(ctx, inputs, output):
+    x, weight, bias, ctx.eps, _ = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _layer_norm_autograd(ctx, grad):
+    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
+    return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
+
+
+_layer_norm.register_autograd(_layer_norm_autograd, setup_context=_save_layer_norm)
+
+
+@torch.library.custom_op("quadmamba::add_layer_norm", mutates_args=(), device_types="cuda")
+def _add_layer_norm(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    check_half_or_single("add_layer_norm", residual, x)
+    scale = None if scale is None else scale.contiguous()
+    params = weight.contiguous(), bias.contiguous()
+    kernels = triton_kernels(__package__)
+    return kernels.forward(x.contiguous(), *params, eps, out_dtype, residual.contiguous(), scale)
+
+
+@_add_layer_norm.register_kernel("cpu")
+def _add_layer_norm_cpu(residual, x, weight, bias, scale, eps, out_dtype):
+    total, normed = add_layer_norm_ref(residual, x, weight, bias, scale, eps, out_dtype)
+    return total.contiguous(), normed.contiguous()
+
+
+@_add_layer_norm.register_fake
+def _add_layer_norm_fake(residual, x, weight, bias, scale, eps, out_dtype):
+    check_add(residual, x, scale)
+    check_layer_norm(x, weight, bias)
+    like = {"memory_format": torch.contiguous_format}
+    return torch.empty_like(residual, **like), torch.empty_like(x, dtype=out_dtype, **like)
+
+
+@torch.library.custom_op("quadmamba::add_layer_norm_backward", mutates_args=(), device_types="cuda")
+def _add_layer_norm_backward(
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_half_or_single("add_layer_norm", grad_total, grad, total)
+    scale = None if scale is None else scale.contiguous()
+    grad, total, weight = grad.contiguous(), total.contiguous(), weight.contiguous()
+    kernels = triton_kernels(__package__)
+    return kernels.backward(grad, total, weight, eps, x_dtype, grad_total.contiguous(), scale)
+
+
+@_add_layer_norm_backward.register_kernel("cpu")
+def _add_layer_norm_backward_cpu(grad_total, grad, total, weight, scale, eps, x_dtype):
+    grad_sum, *grad_params = layer_norm_grad_ref(grad, total, weight, eps)
+    grad_sum = grad_sum.view(total.shape) + grad_total
+    grad_x = grad_sum if scale is None else grad_sum * scale.view(-1, *[1] * (total.dim() - 1))
+    grads = grad_sum.to(total.dtype), grad_x.to(x_dtype, copy=True)
+    return *grads, *(g.to(weight.dtype) for g in grad_params)
+
+
+@_add_layer_norm_backward.register_fake
+def _add_layer_norm_backward_fake(grad_total, grad, total, weight, scale, eps, x_dtype):
+    like = {"memory_format": torch.contiguous_format}
+    grads = torch.empty_like(total, **like), torch.empty_like(total, dtype=x_dtype, **like)
+    return *grads, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save_add_layer_norm(ctx, inputs, output):
+    _, x, weight, bias, scale, ctx.eps, _ = inputs
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
+    ctx.save_for_backward(output[0], weight, scale)
+
+
+def _add_layer_norm_autograd(ctx, grad_total, grad):
+    total, weight, scale = ctx.saved_tensors
+    grad_residual, grad_x, grad_weight, grad_bias = _add_layer_norm_backward(
+        grad_total, grad, total, weight, scale, ctx.eps, ctx.x_dtype
+    )
+    return grad_residual, grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None, None
+
+
+_add_layer_norm.register_autograd(_add_layer_norm_autograd, setup_context=_save_add_layer_norm)

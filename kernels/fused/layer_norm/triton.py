@@ -1,0 +1,159 @@
+"""Triton kernels of the LayerNorm: a program holds whole rows, so each tensor is read once.
+
+Mean and deviation are computed anew in backward from the row that is read there anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quadmamba.kernels.fused.launch import MAX_PARTIALS, ceil_div
+
+TILE, WARPS = 2048, 4  # elements of a program's tile
+GRAD_TILE, GRAD_WARPS = 512, 2
+MAX_D = 16384
+
+
+@triton.jit
+def _centre(x, inside, d, eps):
+    """x less its mean over a row, and 1 / deviation; x is zero outside the row."""
+    mean = tl.sum(x, 1) / d
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return centred, tl.rsqrt(tl.sum(centred * centred, 1) / d + eps)
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample"])
+def _forward_kernel(
+    x, residual, scale, weight, bias, total, out, rows, per_sample, d, eps,
+    ADD: tl.constexpr, SCALE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (cols < d)[None, :]
+    at = row[:, None] * d + cols[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        if SCALE:
+            factor = tl.load(scale + row // per_sample, mask=row < rows, other=0.0)
+            value = value * factor.to(tl.float32)[:, None]
+        value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + at, value, mask=inside)
+        value = value.to(tl.float32)
+    centred, rstd = _centre(value, inside, d, eps)
+    gain = tl.load(weight + cols, mask=cols < d, other=0.0).to(tl.float32)
+    shift = tl.load(bias + cols, mask=cols < d, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * gain[None, :] + shift[None, :]
+    tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample"])
+def _backward_kernel(
+    grad, grad_total, x, scale, weight, grad_residual, grad_x, partial_gain, partial_shift,
+    rows, per_sample, d, eps,
+    ADD: tl.constexpr, SCALE: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_D)
+    gain = tl.load(weight + cols, mask=cols < d, other=0.0).to(tl.float32)[None, :]
+    grad_gain = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    grad_shift = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for tile in tl.range(TILES, num_stages=3):
+        row = (tl.program_id(0).to(tl.int64) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = (row < rows)[:, None] & (cols < d)[None, :]
+        at = row[:, None] * d + cols[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        centred, rstd = _centre(value, inside, d, eps)
+        normed = centred * rstd[:, None]
+        inner = g * gain
+        along = tl.sum(inner * normed, 1) / d
+        result = (inner - (tl.sum(inner, 1) / d)[:, None] - normed * along[:, None]) * rstd[:, None]
+        if ADD:
+            result += tl.load(grad_total + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(grad_residual + at, result.to(grad_residual.dtype.element_ty), mask=inside)
+            if SCALE:
+                factor = tl.load(scale + row // per_sample, mask=row < rows, other=0.0)
+                result = result * factor.to(tl.float32)[:, None]
+        tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
+        grad_gain += g * normed
+        grad_shift += g
+    part = tl.program_id(0).to(tl.int64) * d + cols
+    tl.store(partial_gain + part, tl.sum(grad_gain, 0), mask=cols < d)
+    tl.store(partial_shift + part, tl.sum(grad_shift, 0), mask=cols < d)
+
+
+def _sides(d: int, tile: int) -> dict[str, int]:
+    if d > MAX_D:
+        raise ValueError(f"layer_norm: expected at most {MAX_D} channels on CUDA, got {d}")
+    block_d = triton.next_power_of_2(max(d, 1))
+    return {"BLOCK_R": max(1, tile // block_d), "BLOCK_D": block_d}
+
+
+def _warps(sides: dict[str, int], warps: int) -> int:
+    return warps if sides["BLOCK_R"] > 1 else min(16, max(warps, sides["BLOCK_D"] // 512))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(total, norm of total), total = residual + scale · x; without residual (x, norm of x).
+
+    x, residual: (b, ..., d). scale: (b). weight, bias: (d). All contiguous.
+    """
+    d, sides = x.shape[-1], _sides(x.shape[-1], TILE)
+    out = torch.empty_like(x, dtype=out_dtype)
+    total = x if residual is None else torch.empty_like(residual)
+    if not x.numel():
+        return total, out
+    rows = x.numel() // d
+    with torch.cuda.device_of(x):
+        _forward_kernel[(ceil_div(rows, sides["BLOCK_R"]),)](
+            x, residual, scale, weight, bias, total, out, rows, rows // x.shape[0], d, eps,
+            ADD=residual is not None, SCALE=scale is not None, **sides,
+            num_warps=_warps(sides, WARPS),
+        )  # fmt: skip
+    return total, out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+    grad_total: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, x (of `x_dtype`), weight and bias; x is the total where there is one.
+
+    grad, grad_total: gradients of the norm and of the total. Without `grad_total` there is no
+    residual and its gradient is empty. All contiguous. Partial sums add up in a fixed order.
+    """
+    d, sides = x.shape[-1], _sides(x.shape[-1], GRAD_TILE)
+    add = grad_total is not None
+    grad_residual = torch.empty_like(x) if add else x.new_empty(0)
+    grad_x = torch.empty_like(x, dtype=x_dtype)
+    rows = x.numel() // max(d, 1)
+    tiles = triton.next_power_of_2(ceil_div(rows, sides["BLOCK_R"] * MAX_PARTIALS) or 1)
+    programs = ceil_div(rows, sides["BLOCK_R"] * tiles)
+    partials = [x.new_empty((programs, d), dtype=torch.float32) for _ in range(2)]
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs,)](
+                grad, grad_total, x, scale, weight, grad_residual, grad_x, *partials,
+                rows, rows // x.shape[0], d, eps,
+                ADD=add, SCALE=scale is not None, TILES=tiles, **sides,
+                num_warps=_warps(sides, GRAD_WARPS),
+            )  # fmt: skip
+    grad_weight, grad_bias = (p.sum(0).to(weight.dtype) for p in partials)
+    return grad_residual, grad_x, grad_weight, grad_bias

@@ -1,0 +1,86 @@
+"""The scan over the quadtree sequence, without ever writing that sequence.
+
+With the nested order a one-hot decision makes the sequence a permutation of the tokens, so the scan
+reads and writes them through index tables. The gradient of the decision, which an index alone would
+drop, is computed in the backward pass from the tensors that are there anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quadmamba.kernels import selective_scan
+from quadmamba.kernels.quadtree_gather import decision_grad
+from quadmamba.kernels.quadtree_scan.reference import quadtree_scan_ref
+
+_REVERSE_BITS = 0b10  # route 0 forwards, route 1 backwards
+
+
+def quadtree_scan(
+    x: Tensor,
+    proj: Tensor,
+    decision: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    maps: tuple[Tensor, Tensor, Tensor],
+    tables: Tensor | None,
+) -> Tensor:
+    """Forward and backward scan over the quadtree sequence, tokens (b, l, d) -> (b, l, d).
+
+    proj: (b, l, 2, r + 2n), the numbers [dt, B, C] of each token. decision: (b, 4), one-hot up to
+    its gradient. parameters: dt_weight (2, d, r), dt_bias (2, d), A (2, d, n), D (2, d). maps:
+    fine, coarse and quadrant of each token, (l). tables: (4, l), row q lists the tokens in sequence
+    when quadrant q is selected; None where the order is no permutation.
+    Differentiable in x, proj, decision and the parameters. Returns y in the dtype of x. Without
+    tables, in float64, and on a CPU without kernels the sequence is written, as in
+    `quadtree_scan_ref`. Raises as `route_scan` does.
+    """
+    kernels = selective_scan.route_ops.KERNELS
+    if tables is None or not selective_scan.library.use_kernel("route_scan", x, kernels):
+        return quadtree_scan_ref(x, proj, decision, parameters, maps)
+    return _quadtree_scan(x, proj, decision, *parameters, tables, *maps)[0]
+
+
+def _scan(
+    x: Tensor,
+    proj: Tensor,
+    decision: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    tables: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the states that the backward pass starts from, and the row of `tables` of each route."""
+    select = decision.argmax(1, keepdim=True).to(torch.int32).repeat(1, 2)  # (b, 2)
+    y, states = torch.ops.selective_scan.route_scan_fwd(
+        x, proj, dt_weight, dt_bias, A, D, tables, select, _REVERSE_BITS, False
+    )
+    return y, states, select
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, proj, decision, *parameters, tables, fine, coarse, quadrant = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.decides = ctx.needs_input_grad[2]
+    ctx.save_for_backward(x, proj, *parameters, tables, fine, coarse, quadrant, *output)
+
+
+def _backward(ctx, dy, dstates, dselect) -> tuple[Tensor | None, ...]:
+    x, proj, *parameters, tables, fine, coarse, quadrant, y, states, select = ctx.saved_tensors
+    dx, dproj, *grads = torch.ops.selective_scan.route_scan_bwd(
+        dy, x, proj, *parameters, tables, select, states, _REVERSE_BITS
+    )
+    ddecision = None
+    if ctx.decides:
+        pairs = [(x, dx), (proj.flatten(2), dproj.flatten(2)), (dy, y)]
+        ddecision = decision_grad(pairs, select[:, 0], tables, fine, coarse, quadrant)
+    return dx, dproj, ddecision, *grads, None, None, None, None
+
+
+_quadtree_scan = torch.library.custom_op("quadmamba::quadtree_scan", _scan, mutates_args=())
+_quadtree_scan.register_fake(_scan)
+_quadtree_scan.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,111 @@
+"""The compiled kernels: loading them, what they offer, and what to say where they are missing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("_C.so")
+BUILD_COMMAND = "pip install --no-build-isolation ./kernels/selective_scan"
+NAMESPACE = "selective_scan"
+
+_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")  # keeps Python registrations alive
+_warned: set[str] = set()
+
+
+def _load() -> str | None:
+    """Load the library. None, or why it is not there."""
+    if not PATH.exists():
+        return f"{PATH} does not exist (not built)"
+    if hasattr(getattr(torch.ops, NAMESPACE), "selective_scan_fwd"):
+        return f"the ops were already loaded from another copy than {PATH}"
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as error:
+        return f"{PATH} does not load: {error}"
+    return None
+
+
+LOAD_ERROR = _load()
+
+
+def kernels_for(op: str) -> frozenset[str]:
+    """Device types ("cpu", "cuda") for which the loaded library holds a kernel of `op`."""
+    name = f"{NAMESPACE}::{op}"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if LOAD_ERROR is not None or not hasattr(getattr(torch.ops, NAMESPACE), op):
+        return frozenset()
+    return frozenset(device for device in ("cpu", "cuda") if has(name, device.upper()))
+
+
+def use_kernel(op: str, tensor: Tensor, kernels: frozenset[str]) -> bool:
+    """Whether `op` runs as a kernel on this tensor; False means the PyTorch reference.
+
+    float64 always takes the reference, which is the definition. A CPU tensor takes it with one
+    warning where no kernel was built. Raises RuntimeError for another device without a kernel.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64:
+        return False
+    if device in kernels or device == "meta" and kernels:
+        return True
+    if device not in ("cpu", "meta"):
+        why = LOAD_ERROR or f"{PATH} holds kernels for {', '.join(sorted(kernels))} only"
+        raise RuntimeError(
+            f"{op}: expected a compiled kernel for a {device} tensor, but {why}. "
+            f"Build it where nvcc is installed: {BUILD_COMMAND}. `python -m selective_scan.doctor` "
+            f"says what is missing; `{op}_ref` is the slow definition in plain PyTorch"
+        )
+    if op not in _warned and not torch.compiler.is_compiling():
+        _warned.add(op)
+        warnings.warn(
+            f"{op}: no compiled CPU kernel ({LOAD_ERROR}), running the PyTorch reference, which is "
+            f"several times slower. Build it: {BUILD_COMMAND}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return False
+
+
+def register_autocast_rule(op: str, rule: Callable[..., tuple]) -> None:
+    """Under autocast, call `op` with `rule(*args)` and autocast off."""
+    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def cast(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*rule(*args))
+
+    for key in (torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA):
+        overload.py_impl(key)(cast)
+        _fragment.impl(op, cast, key.name)
+
+
+def refuse_vmap(op: str) -> None:
+    """Make torch.vmap over `op` an error that says what to do instead."""
+
+    def refuse(info: Any, in_dims: Any, *args: Any) -> None:
+        raise NotImplementedError(
+            f"{op}: expected a call outside torch.vmap, got one inside; the op takes a batch "
+            "dimension, so put the mapped dimension there"
+        )
+
+    torch.library.register_vmap(f"{NAMESPACE}::{op}", refuse, lib=_fragment)
+
+
+def refuse_double_backward(op: str) -> None:
+    """Make differentiating the backward op an error instead of a silent zero."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op}: expected a first derivative only, got a request for a second one; "
+            "use the reference in float64 for that"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op}", refuse, lib=_fragment)

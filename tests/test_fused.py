@@ -1,0 +1,371 @@
+"""Fused ops: forward and all gradients against float64, beside plain torch in the same dtype."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from quadmamba.kernels.fused import (
+    add_layer_norm,
+    add_layer_norm_ref,
+    dwconv_silu,
+    dwconv_silu_ref,
+    layer_norm,
+    layer_norm_ref,
+    predictor_score,
+    predictor_score_ref,
+)
+
+# Half a unit in the last place of the dtype; float32: a few, for sums in another order.
+EPS = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def predictor_params(d: int) -> list[torch.Tensor]:
+    sides = [d, d, d // 2, d // 4, 2]
+    params = [torch.rand(d) + 0.5, 0.1 * torch.randn(d)]
+    for fan_in, fan_out in zip(sides, sides[1:]):
+        params += [2 * fan_in**-0.5 * torch.randn(fan_out, fan_in), 0.1 * torch.randn(fan_out)]
+    return params
+
+
+def dwconv_case(shape):
+    return {"x": torch.randn(shape), "weight": 0.3 * torch.randn(shape[-1], 1, 3, 3)}
+
+
+def norm_case(shape):
+    d = shape[-1]
+    return {"x": 2 * torch.randn(shape) + 1, "weight": torch.randn(d), "bias": torch.randn(d)}
+
+
+def add_case(shape, scaled=True):
+    scale = {"scale": torch.arange(shape[0]) * 0.7} if scaled else {}
+    return {"residual": torch.randn(shape), **norm_case(shape), **scale}
+
+
+def predictor_case(shape):
+    params = {f"params{i}": p for i, p in enumerate(predictor_params(shape[-1]))}
+    return {"x": torch.randn(shape), **params}
+
+
+def call_predictor(op, x, **params):
+    return op(x, list(params.values()))
+
+
+OPS = {  # name: op, reference, inputs, arguments that stay float32 and constant
+    "dwconv_silu": (dwconv_silu, dwconv_silu_ref, dwconv_case),
+    "layer_norm": (layer_norm, layer_norm_ref, norm_case),
+    "add_layer_norm": (add_layer_norm, add_layer_norm_ref, add_case),
+    "add_layer_norm_unscaled": (
+        add_layer_norm,
+        add_layer_norm_ref,
+        partial(add_case, scaled=False),
+    ),
+    "predictor_score": (
+        partial(call_predictor, predictor_score),
+        partial(call_predictor, predictor_score_ref),
+        predictor_case,
+    ),
+}
+CASES = {"odd": (2, 5, 7, 12), "one": (1, 1, 1, 8), "d48": (2, 9, 3, 48)}
+GPU_CASES = {
+    **CASES,
+    "stage1": (4, 56, 56, 192),
+    "stage2": (2, 28, 28, 384),
+    "d64": (1, 17, 33, 64),
+    "d100": (2, 8, 8, 100),
+    "d512": (1, 7, 9, 512),
+    "d768": (1, 14, 14, 768),
+}
+SOURCES = {"x", "residual"}  # half precision where the case says so; parameters stay float32
+
+
+def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
+    assert torch.isfinite(value).all()
+    return ((value.double() - truth).norm() / truth.norm().clamp(min=1e-12)).item()
+
+
+def gradients(op, inputs, grads):
+    """Outputs and gradients of all differentiable inputs, by name; `scale` is a constant."""
+    inputs = {k: v.clone().requires_grad_(k != "scale") for k, v in inputs.items()}
+    out = op(**inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    wanted = {k: v for k, v in inputs.items() if k != "scale"}
+    found = torch.autograd.grad(out, list(wanted.values()), [g.to(o) for g, o in zip(grads, out)])
+    return {f"out{i}": o for i, o in enumerate(out)} | {f"d{k}": g for k, g in zip(wanted, found)}
+
+
+def compare(name, shape, dtype, device):
+    op, ref, make = OPS[name]
+    inputs = {k: v.to(device) for k, v in make(shape).items()}
+    cast = {k: v.to(dtype) if k in SOURCES else v for k, v in inputs.items()}
+    double = {k: v.double() for k, v in cast.items()}
+    out = ref(**cast)
+    grads = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+    ours, plain, truth = (
+        gradients(f, i, grads) for f, i in ((op, cast), (ref, cast), (ref, double))
+    )
+    for key, value in ours.items():
+        assert value.dtype == plain[key].dtype, key
+        bound = 2 * relative(plain[key], truth[key]) + EPS[dtype]
+        assert relative(value, truth[key]) <= bound, key
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_op_on_cpu(name, case):
+    compare(name, case, torch.float32, "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_kernel(name, case, dtype):
+    compare(name, case, dtype, "cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+def test_kernel_is_bit_equal_and_follows_the_stream(name):
+    op, ref, make = OPS[name]
+    inputs = {k: v.cuda() for k, v in make((8, 14, 14, 96)).items()}
+    inputs |= {k: v.half() for k, v in inputs.items() if k in SOURCES}
+    out = ref(**inputs)
+    grads = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+    first = gradients(op, inputs, grads)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = gradients(op, inputs, grads)
+    stream.synchronize()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", OPS)
+def test_kernel_in_a_cuda_graph(name):
+    op, _, make = OPS[name]
+    inputs = {k: v.cuda() for k, v in make((2, 6, 5, 32)).items()}
+    inputs["x"] = inputs["x"].half()
+    op(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(**inputs)
+    inputs["x"].copy_(torch.randn_like(inputs["x"]))
+    graph.replay()
+    torch.testing.assert_close(out, op(**inputs), rtol=0, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["dwconv_silu", "layer_norm", "predictor_score"])
+def test_kernel_beyond_32_bit_offsets(name):
+    """The last image of 2.3e9 elements gives what it gives alone."""
+    op, _, make = OPS[name]
+    inputs = {k: v.cuda() for k, v in make((1, 56, 56, 384)).items()}
+    inputs["x"] = inputs["x"].half()
+    alone = op(**inputs)
+    last = inputs["x"]
+    inputs["x"] = torch.zeros(1920, 56, 56, 384, dtype=torch.float16, device="cuda")
+    inputs["x"][-1:] = last
+    assert torch.equal(op(**inputs)[-1:], alone)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_compile_equals_eager(name, device):
+    op, ref, make = OPS[name]
+    inputs = {k: v.to(device) for k, v in make((2, 3, 4, 16)).items()}
+    out = ref(**inputs)
+    grads = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    eager, traced = (gradients(f, inputs, grads) for f in (op, compiled))
+    assert all(torch.equal(eager[key], traced[key]) for key in eager)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    ops = torch.ops.quadmamba
+
+    def tensors(case, shape=(2, 3, 2, 8)):
+        return [v.to(device).requires_grad_(k != "scale") for k, v in case(shape).items()]
+
+    residual, x, weight, bias, scale = tensors(add_case)
+    torch.library.opcheck(ops.dwconv_silu.default, tensors(dwconv_case))
+    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, torch.float32))
+    args = (residual, x, weight, bias, scale, 1e-5, torch.float32)
+    torch.library.opcheck(ops.add_layer_norm.default, args)
+    tokens, *params = tensors(predictor_case)
+    torch.library.opcheck(ops.predictor_score.default, (tokens, params, 1e-5))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_gradcheck(name):
+    op, ref, make = OPS[name]
+    inputs = {k: v.double().requires_grad_(k != "scale") for k, v in make((1, 2, 2, 4)).items()}
+    for f in (op, ref):
+        assert torch.autograd.gradcheck(
+            lambda *values, f=f: f(**dict(zip(inputs, values))), tuple(inputs.values())
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OPS)
+def test_sliced_and_empty_inputs(name, device):
+    op, ref, make = OPS[name]
+    inputs = {k: v.to(device) for k, v in make((4, 6, 5, 8)).items()}
+    views = {k: v[::2, 1:, :-1] if k in SOURCES else v for k, v in inputs.items()}
+    views |= {"scale": inputs["scale"][::2]} if "scale" in inputs else {}
+    torch.testing.assert_close(op(**views), ref(**views), rtol=1e-4, atol=1e-4)
+    empty = {k: v[:0] if k in SOURCES | {"scale"} else v for k, v in inputs.items()}
+    out = op(**empty)
+    found = gradients(op, empty, out if isinstance(out, tuple) else (out,))
+    assert found["dx"].numel() == 0
+    assert all(not g.any() for g in found.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "predictor_score"])
+def test_autocast_chooses_the_dtype(name, device):
+    op, _, make = OPS[name]
+    inputs = {k: v.to(device) for k, v in make((2, 3, 2, 16)).items()}
+    with torch.autocast(device, torch.bfloat16):
+        out = op(**inputs)
+    if name == "predictor_score":
+        assert out.dtype == torch.float32
+        assert torch.equal(out, op(**{**inputs, "x": inputs["x"].bfloat16()}))
+    else:
+        normed = out[1] if name == "add_layer_norm" else out
+        assert normed.dtype == torch.bfloat16
+    if name == "add_layer_norm":
+        assert out[0].dtype == torch.float32, "the residual stream keeps its dtype"
+
+
+def test_only_the_input_is_kept():
+    x = torch.randn(2, 4, 4, 16, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        predictor_score(x, predictor_params(16))
+        dwconv_silu(x, torch.randn(16, 1, 3, 3))
+        layer_norm(x, torch.ones(16), torch.zeros(16))
+    assert {t.data_ptr() for t in saved if t.numel() > 256} == {x.data_ptr()}
+
+
+def test_flops():
+    x = torch.randn(2, 4, 4, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        dwconv_silu(x, torch.randn(16, 1, 3, 3)).sum().backward()
+    assert counter.get_total_flops() == 3 * 18 * x.numel()
+    with FlopCounterMode(display=False) as counter:
+        predictor_score(x, predictor_params(16)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 32 * (16 * 16 + 16 * 8 + 8 * 4 + 4 * 2)
+
+
+def zeros(*shapes):
+    return [torch.zeros(shape) for shape in shapes]
+
+
+ERRORS = {  # call, arguments, message
+    "dwconv_x": (dwconv_silu, zeros((3, 4, 8), (8, 1, 3, 3)), "floating x"),
+    "dwconv_weight": (dwconv_silu, zeros((1, 3, 4, 8), (8, 3, 3)), "expected weight"),
+    "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
+    "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
+    "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
+    "predictor_count": (
+        predictor_score,
+        (torch.zeros(2, 8), predictor_params(8)[:-1]),
+        "10 params",
+    ),
+    "predictor_width": (predictor_score, (torch.zeros(2, 12), predictor_params(8)), "params.0."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_expected(name):
+    call, arguments, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call(*arguments)
+
+
+def test_missing_triton_is_loud(monkeypatch):
+    from quadmamba.kernels.fused.launch import triton_kernels
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        triton_kernels("quadmamba.kernels.fused.layer_norm")
+
+
+def plain_gradients(ref, inputs, *grads):
+    return tuple(gradients(ref, inputs, grads).values())
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 17, 9, 36)], ids=str)
+def test_interpreted_dwconv_silu(shape):
+    from quadmamba.kernels.fused.dwconv_silu import triton as kernels
+
+    inputs, grad = dwconv_case(shape), torch.randn(shape)
+    truth = plain_gradients(dwconv_silu_ref, inputs, grad)
+    found = (kernels.forward(**inputs), *kernels.backward(grad, **inputs))
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 192)], ids=str)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_interpreted_layer_norm(shape, scaled):
+    from quadmamba.kernels.fused.layer_norm import triton as kernels
+
+    inputs, (grad, grad_total) = add_case(shape, scaled), torch.randn(2, *shape)
+    params = (inputs["weight"], inputs["bias"], 1e-5, torch.float32)
+    scale = inputs.get("scale")
+    truth = plain_gradients(add_layer_norm_ref, inputs, grad_total, grad)
+    found = kernels.forward(inputs["x"], *params, inputs["residual"], scale)
+    found += kernels.backward(grad, found[0], *params[::2], torch.float32, grad_total, scale)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+    del inputs["residual"], inputs["x"]
+    x = truth[0].detach()
+    inputs = {"x": x, "weight": params[0], "bias": params[1]}
+    truth = plain_gradients(layer_norm_ref, inputs, grad)
+    found = (kernels.forward(x, *params)[1], *kernels.backward(grad, x, *params[::2], x.dtype)[1:])
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [16, 24, 96])
+def test_interpreted_predictor(d, monkeypatch):
+    from quadmamba.kernels.fused.predictor import host as kernels
+
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *args: {**launch(*args), "BLOCK_M": 32})
+    inputs, grad = predictor_case((40, d)), torch.randn(40)
+    x, *params = inputs.values()
+    truth = plain_gradients(partial(call_predictor, predictor_score_ref), inputs, grad)
+    grad_x, grads = kernels.backward(grad, x, params, 1e-5)
+    found = (kernels.forward(x, params, 1e-5), grad_x, *grads)
+    for value, expected in zip(found, truth):
+        assert relative(value, expected.double()) < 5e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+def test_triton_interpreter():
+    """The Triton kernels on the CPU, in a process of its own: the switch is read at import."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "interpreted"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
