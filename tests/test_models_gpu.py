@@ -1,0 +1,79 @@
+"""The model on a GPU, with the fused kernels, equals the model on the CPU in float64."""
+
+import copy
+
+import pytest
+import torch
+
+from quadmamba.models import QuadMamba, ss2d
+from quadmamba.models.orders import ORDERS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+# Error of a tensor relative to its norm: output and gradients
+TOLERANCES = {
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (2e-2, 1e-1),
+    torch.bfloat16: (1e-1, 4e-1),
+}
+
+
+def noiseless(logits, tau, _training):
+    """Straight-through choice without noise, so that two devices choose alike."""
+    soft = (logits / tau).softmax(-1)
+    hard = torch.nn.functional.one_hot(logits.argmax(-1), 4).to(soft.dtype)
+    return hard + (soft - soft.detach())
+
+
+def run(model, images, weight, amp):
+    enabled = amp in (torch.float16, torch.bfloat16)
+    with torch.autocast(images.device.type, amp if enabled else None, enabled=enabled):
+        logits = model(images)
+    (logits.to(weight.dtype) * weight).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return logits.detach(), grads
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_gpu_equals_float64(order, dtype, monkeypatch):
+    monkeypatch.setattr(ss2d, "select_quadrant", noiseless)
+    torch.manual_seed(0)
+    orders = (order, order, "raster", "raster")
+    model = QuadMamba((32, 48, 64, 96), depths=(2, 2, 1, 1), orders=orders, num_classes=7)
+    images, weight = torch.randn(4, 3, 72, 100), torch.randn(4, 7)
+    exact = run(copy.deepcopy(model).double().train(), images.double(), weight.double(), None)
+    ours = run(model.cuda().train(), images.cuda(), weight.cuda(), dtype)
+    for_output, for_grads = TOLERANCES[dtype]
+
+    def error(a, b):
+        return ((a.double().cpu() - b).norm() / b.norm()).item()
+
+    assert error(ours[0], exact[0]) <= for_output
+    squares = [(error(ours[1][name], grad) * grad.norm()) ** 2 for name, grad in exact[1].items()]
+    total = sum(grad.norm() ** 2 for grad in exact[1].values())
+    assert (sum(squares) / total).sqrt().item() <= for_grads
+    if dtype == torch.float32:
+        for name, grad in exact[1].items():
+            assert error(ours[1][name], grad) <= for_grads, name
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_eval_twice_is_bit_identical(order):
+    model = QuadMamba((32, 48, 64, 96), depths=(2, 2, 1, 1), orders=(order,) * 4).cuda().eval()
+    images = torch.randn(4, 3, 96, 64, device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.float16):
+        assert torch.equal(model(images), model(images))
+
+
+def test_two_training_steps_are_bit_identical():
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = QuadMamba((32, 48, 64, 96), depths=(2, 2, 1, 1)).cuda().train()
+        images = torch.randn(4, 3, 96, 64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            model(images).float().square().mean().backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in results[0].items():
+        if "downsamples" not in name and "stem" not in name:  # cuDNN's own convolutions
+            assert torch.equal(grad, results[1][name]), name
