@@ -47,3 +47,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def empty_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous tensor of the shape of `like`."""
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)

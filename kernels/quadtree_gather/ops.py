@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,13 +124,29 @@ def _gather(
 
 
 @_gather.register_kernel("cpu")
-def _gather_cpu(src, decision, fine, coarse, quadrant, inverse, inward):
+def _gather_cpu(
+    src: Tensor,
+    decision: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+    inverse: Tensor,
+    inward: bool,
+) -> Tensor:
     ref = gather_in_ref if inward else gather_out_ref
     return ref(src, decision, fine, coarse, quadrant)
 
 
 @_gather.register_fake
-def _gather_fake(src, decision, fine, coarse, quadrant, inverse, inward):
+def _gather_fake(
+    src: Tensor,
+    decision: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+    inverse: Tensor,
+    inward: bool,
+) -> Tensor:
     check_gather(src, decision, fine, coarse, quadrant)
     return torch.empty_like(src, memory_format=torch.contiguous_format)
 
@@ -156,7 +173,16 @@ def _gather_backward(
 
 
 @_gather_backward.register_kernel("cpu")
-def _gather_backward_cpu(grad, src, decision, fine, coarse, quadrant, inverse, inward):
+def _gather_backward_cpu(
+    grad: Tensor,
+    src: Tensor,
+    decision: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+    inverse: Tensor,
+    inward: bool,
+) -> tuple[Tensor, Tensor]:
     adjoint = gather_out_ref if inward else gather_in_ref
     tokens, seq = (src, grad) if inward else (grad, src)
     sums = quadrant_sums(tokens, seq, fine, coarse, quadrant)
@@ -164,18 +190,27 @@ def _gather_backward_cpu(grad, src, decision, fine, coarse, quadrant, inverse, i
 
 
 @_gather_backward.register_fake
-def _gather_backward_fake(grad, src, decision, fine, coarse, quadrant, inverse, inward):
+def _gather_backward_fake(
+    grad: Tensor,
+    src: Tensor,
+    decision: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+    inverse: Tensor,
+    inward: bool,
+) -> tuple[Tensor, Tensor]:
     sums = torch.promote_types(grad.dtype, torch.float32)
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
     return out, decision.new_empty(decision.shape, dtype=sums)
 
 
-def _save_inputs(ctx, inputs, output):
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     src, *maps, ctx.inward = inputs
     ctx.save_for_backward(src if ctx.needs_input_grad[1] else None, *maps)
 
 
-def _gather_autograd(ctx, grad):
+def _gather_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     src, decision, *maps = ctx.saved_tensors
     if src is None:
         return (_gather(grad, decision, *maps, not ctx.inward), *([None] * 6))
@@ -203,12 +238,28 @@ def _decision_grad(
 
 
 @_decision_grad.register_kernel("cpu")
-def _decision_grad_cpu(values, gathered, choice, tables, fine, coarse, quadrant):
+def _decision_grad_cpu(
+    values: list[Tensor],
+    gathered: list[Tensor],
+    choice: Tensor,
+    tables: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+) -> Tensor:
     pairs = list(zip(values, gathered))
     return decision_grad_ref(pairs, choice, tables, fine, coarse, quadrant)
 
 
 @_decision_grad.register_fake
-def _decision_grad_fake(values, gathered, choice, tables, fine, coarse, quadrant):
+def _decision_grad_fake(
+    values: list[Tensor],
+    gathered: list[Tensor],
+    choice: Tensor,
+    tables: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    quadrant: Tensor,
+) -> Tensor:
     dtype = torch.promote_types(values[0].dtype, torch.float32)
     return values[0].new_empty((choice.shape[0], 4), dtype=dtype)

@@ -23,7 +23,9 @@ BLOCK_L, SUMS_BLOCK_L, BLOCK_D, WARPS = 16, 32, 64, 4
 
 @triton.jit(do_not_specialize=["l", "blocks"])
 def _two_source_kernel(
-    src, other, out, partial, decision, first, second, quadrant, l, d, blocks,
+    src: tl.tensor, other: tl.tensor, out: tl.tensor, partial: tl.tensor, decision: tl.tensor,
+    first: tl.tensor, second: tl.tensor, quadrant: tl.tensor, l: tl.tensor, d: tl.tensor,
+    blocks: tl.tensor,
     TOKENS: tl.constexpr, DOT: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +64,9 @@ def _two_source_kernel(
 
 @triton.jit(do_not_specialize=["l", "blocks"])
 def _decision_grad_kernel(
-    tokens, gathered, partial, choice, tables, fine, coarse, quadrant, l, d, blocks,
+    tokens: tl.tensor, gathered: tl.tensor, partial: tl.tensor, choice: tl.tensor,
+    tables: tl.tensor, fine: tl.tensor, coarse: tl.tensor, quadrant: tl.tensor, l: tl.tensor,
+    d: tl.tensor, blocks: tl.tensor,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)

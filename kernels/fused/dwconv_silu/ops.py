@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from quadmamba.kernels.fused.dwconv_silu.reference import (
     dwconv_silu_grad_ref,
     dwconv_silu_ref,
 )
-from quadmamba.kernels.fused.launch import check_half_or_single, triton_kernels
+from quadmamba.kernels.fused.launch import check_half_or_single, empty_rows, triton_kernels
 
 
 def dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,14 +36,14 @@ def _dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_dwconv_silu.register_kernel("cpu")
-def _dwconv_silu_cpu(x, weight):
+def _dwconv_silu_cpu(x: Tensor, weight: Tensor) -> Tensor:
     return dwconv_silu_ref(x, weight).contiguous()
 
 
 @_dwconv_silu.register_fake
-def _dwconv_silu_fake(x, weight):
+def _dwconv_silu_fake(x: Tensor, weight: Tensor) -> Tensor:
     check_dwconv(x, weight)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_rows(x)
 
 
 @torch.library.custom_op("quadmamba::dwconv_silu_backward", mutates_args=(), device_types="cuda")
@@ -52,22 +54,21 @@ def _dwconv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
 
 
 @_dwconv_silu_backward.register_kernel("cpu")
-def _dwconv_silu_backward_cpu(grad, x, weight):
+def _dwconv_silu_backward_cpu(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = dwconv_silu_grad_ref(grad, x, weight)
     return grad_x.contiguous(), grad_weight.contiguous()
 
 
 @_dwconv_silu_backward.register_fake
-def _dwconv_silu_backward_fake(grad, x, weight):
-    like = {"memory_format": torch.contiguous_format}
-    return torch.empty_like(x, **like), torch.empty_like(weight, **like)
+def _dwconv_silu_backward_fake(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_rows(x), empty_rows(weight)
 
 
-def _save_inputs(ctx, inputs, output):
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _dwconv_silu_backward(grad, *ctx.saved_tensors)
 
 
@@ -75,12 +76,25 @@ _dwconv_silu.register_autograd(_autograd, setup_context=_save_inputs)
 
 
 @register_flop_formula(torch.ops.quadmamba.dwconv_silu)
-def _flops(x_shape, weight_shape, *, out_shape=None, **kwargs) -> int:
+def _flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    out_shape: object = None,
+    **kwargs: object,
+) -> int:
     """Two operations a multiply-add, torch's convention."""
     return 18 * math.prod(x_shape)
 
 
 @register_flop_formula(torch.ops.quadmamba.dwconv_silu_backward)
-def _flops_backward(grad_shape, x_shape, weight_shape, *, out_shape=None, **kwargs) -> int:
+def _flops_backward(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *,
+    out_shape: object = None,
+    **kwargs: object,
+) -> int:
     """The gradients of x and of weight; the pre-activation computed anew is not counted."""
     return 36 * math.prod(x_shape)

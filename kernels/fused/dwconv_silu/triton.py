@@ -20,7 +20,17 @@ WARPS, GRAD_WARPS, ADJOINT_WARPS = 2, 2, 2
 
 
 @triton.jit
-def _place(h, w, d, rows, blocks_y, blocks_x, blocks_d, BLOCK_W, BLOCK_D):
+def _place(
+    h: tl.tensor,
+    w: tl.tensor,
+    d: tl.tensor,
+    rows: tl.tensor,
+    blocks_y: tl.tensor,
+    blocks_x: tl.tensor,
+    blocks_d: tl.tensor,
+    BLOCK_W: tl.tensor,
+    BLOCK_D: tl.tensor,
+):
     """This block's image, rows, columns and channels; channels vary fastest."""
     pid = tl.program_id(0)
     chans = ((pid % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
@@ -33,14 +43,31 @@ def _place(h, w, d, rows, blocks_y, blocks_x, blocks_d, BLOCK_W, BLOCK_D):
 
 
 @triton.jit
-def _row(image, y, cols, chans, first, end, w, d):
+def _row(
+    image: tl.tensor,
+    y: tl.tensor,
+    cols: tl.tensor,
+    chans: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    w: tl.tensor,
+    d: tl.tensor,
+):
     """Row y at the given columns and channels, zero outside rows first..end and the grid."""
     inside = (cols >= 0) & (cols < w) & (chans < d) & (y >= first) & (y < end)
     return tl.load(image + y.to(tl.int64) * w * d + (cols * d + chans), mask=inside, other=0.0)
 
 
 @triton.jit
-def _taps(image, y, cols, chans, h, w, d):
+def _taps(
+    image: tl.tensor,
+    y: tl.tensor,
+    cols: tl.tensor,
+    chans: tl.tensor,
+    h: tl.tensor,
+    w: tl.tensor,
+    d: tl.tensor,
+):
     """Row y, one column to the left, straight, and one to the right."""
     left = _row(image, y, cols - 1, chans, 0, h, w, d)
     straight = _row(image, y, cols, chans, 0, h, w, d)
@@ -48,7 +75,16 @@ def _taps(image, y, cols, chans, h, w, d):
 
 
 @triton.jit
-def _put_row(out, y, cols, chans, first, w, d, value):
+def _put_row(
+    out: tl.tensor,
+    y: tl.tensor,
+    cols: tl.tensor,
+    chans: tl.tensor,
+    first: tl.tensor,
+    w: tl.tensor,
+    d: tl.tensor,
+    value: tl.tensor,
+):
     """Store row y unless it lies above row `first`."""
     mask = (cols < w) & (chans < d) & (y >= first)
     at = out + y.to(tl.int64) * w * d + (cols * d + chans)
@@ -56,7 +92,9 @@ def _put_row(out, y, cols, chans, first, w, d, value):
 
 
 @triton.jit
-def _filter_row(weight, i, chans, d, FLIP: tl.constexpr):
+def _filter_row(
+    weight: tl.tensor, i: tl.tensor, chans: tl.tensor, d: tl.tensor, FLIP: tl.constexpr
+):
     """Row i of the filters, each (1, channels) float32; with FLIP of the adjoint's filters."""
     first = weight + chans * 9 + (8 - 3 * i if FLIP else 3 * i)
     step = -1 if FLIP else 1
@@ -66,14 +104,15 @@ def _filter_row(weight, i, chans, d, FLIP: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
+def _sigmoid(x: tl.tensor):
     root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))  # cheaper than a division
     return root * root
 
 
 @triton.jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
 def _conv_kernel(
-    x, weight, grad, out, h, w, d, rows, blocks_y, blocks_x, blocks_d,
+    x: tl.tensor, weight: tl.tensor, grad: tl.tensor, out: tl.tensor, h: tl.tensor, w: tl.tensor,
+    d: tl.tensor, rows: tl.tensor, blocks_y: tl.tensor, blocks_x: tl.tensor, blocks_d: tl.tensor,
     GRAD: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """silu(convolution of x), or with GRAD the gradient of the convolution, given that of silu."""
@@ -109,7 +148,9 @@ def _conv_kernel(
 
 @triton.jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
 def _adjoint_kernel(
-    grad, weight, x, grad_x, partial, h, w, d, rows, blocks_y, blocks_x, blocks_d,
+    grad: tl.tensor, weight: tl.tensor, x: tl.tensor, grad_x: tl.tensor, partial: tl.tensor,
+    h: tl.tensor, w: tl.tensor, d: tl.tensor, rows: tl.tensor, blocks_y: tl.tensor,
+    blocks_x: tl.tensor, blocks_d: tl.tensor,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x, and this block's share of the filters' gradient (9, d).

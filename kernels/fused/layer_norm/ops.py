@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from quadmamba.kernels.fused.launch import check_half_or_single, compute_dtype, triton_kernels
+from quadmamba.kernels.fused.launch import (
+    check_half_or_single,
+    compute_dtype,
+    empty_rows,
+    triton_kernels,
+)
 from quadmamba.kernels.fused.layer_norm.reference import (
     add_layer_norm_ref,
     check_add,
@@ -60,14 +67,18 @@ def _layer_norm(
 
 
 @_layer_norm.register_kernel("cpu")
-def _layer_norm_cpu(x, weight, bias, eps, out_dtype):
+def _layer_norm_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> Tensor:
     return layer_norm_ref(x, weight, bias, eps, out_dtype).contiguous()
 
 
 @_layer_norm.register_fake
-def _layer_norm_fake(x, weight, bias, eps, out_dtype):
+def _layer_norm_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
+) -> Tensor:
     check_layer_norm(x, weight, bias)
-    return torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    return empty_rows(x, out_dtype)
 
 
 @torch.library.custom_op("quadmamba::layer_norm_backward", mutates_args=(), device_types="cuda")
@@ -81,24 +92,28 @@ def _layer_norm_backward(
 
 
 @_layer_norm_backward.register_kernel("cpu")
-def _layer_norm_backward_cpu(grad, x, weight, eps):
+def _layer_norm_backward_cpu(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, *grad_params = layer_norm_grad_ref(grad, x, weight, eps)
     return grad_x.view(x.shape).to(x.dtype, copy=True), *(g.to(weight.dtype) for g in grad_params)
 
 
 @_layer_norm_backward.register_fake
-def _layer_norm_backward_fake(grad, x, weight, eps):
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _layer_norm_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = empty_rows(x)
     return grad_x, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _save_layer_norm(ctx, inputs, output):
+def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, ctx.eps, _ = inputs
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight)
 
 
-def _layer_norm_autograd(ctx, grad):
+def _layer_norm_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weight, grad_bias = _layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
     return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
 
@@ -124,17 +139,32 @@ def _add_layer_norm(
 
 
 @_add_layer_norm.register_kernel("cpu")
-def _add_layer_norm_cpu(residual, x, weight, bias, scale, eps, out_dtype):
+def _add_layer_norm_cpu(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     total, normed = add_layer_norm_ref(residual, x, weight, bias, scale, eps, out_dtype)
     return total.contiguous(), normed.contiguous()
 
 
 @_add_layer_norm.register_fake
-def _add_layer_norm_fake(residual, x, weight, bias, scale, eps, out_dtype):
+def _add_layer_norm_fake(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     check_add(residual, x, scale)
     check_layer_norm(x, weight, bias)
-    like = {"memory_format": torch.contiguous_format}
-    return torch.empty_like(residual, **like), torch.empty_like(x, dtype=out_dtype, **like)
+    return empty_rows(residual), empty_rows(x, out_dtype)
 
 
 @torch.library.custom_op("quadmamba::add_layer_norm_backward", mutates_args=(), device_types="cuda")
@@ -155,7 +185,15 @@ def _add_layer_norm_backward(
 
 
 @_add_layer_norm_backward.register_kernel("cpu")
-def _add_layer_norm_backward_cpu(grad_total, grad, total, weight, scale, eps, x_dtype):
+def _add_layer_norm_backward_cpu(
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_sum, *grad_params = layer_norm_grad_ref(grad, total, weight, eps)
     grad_sum = grad_sum.view(total.shape) + grad_total
     grad_x = grad_sum if scale is None else grad_sum * scale.view(-1, *[1] * (total.dim() - 1))
@@ -164,19 +202,28 @@ def _add_layer_norm_backward_cpu(grad_total, grad, total, weight, scale, eps, x_
 
 
 @_add_layer_norm_backward.register_fake
-def _add_layer_norm_backward_fake(grad_total, grad, total, weight, scale, eps, x_dtype):
-    like = {"memory_format": torch.contiguous_format}
-    grads = torch.empty_like(total, **like), torch.empty_like(total, dtype=x_dtype, **like)
+def _add_layer_norm_backward_fake(
+    grad_total: Tensor,
+    grad: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = empty_rows(total), empty_rows(total, x_dtype)
     return *grads, torch.empty_like(weight), torch.empty_like(weight)
 
 
-def _save_add_layer_norm(ctx, inputs, output):
+def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, x, weight, bias, scale, ctx.eps, _ = inputs
     ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
     ctx.save_for_backward(output[0], weight, scale)
 
 
-def _add_layer_norm_autograd(ctx, grad_total, grad):
+def _add_layer_norm_autograd(
+    ctx: Any, grad_total: Tensor, grad: Tensor
+) -> tuple[Tensor | None, ...]:
     total, weight, scale = ctx.saved_tensors
     grad_residual, grad_x, grad_weight, grad_bias = _add_layer_norm_backward(
         grad_total, grad, total, weight, scale, ctx.eps, ctx.x_dtype

@@ -18,7 +18,7 @@ MAX_D = 16384
 
 
 @triton.jit
-def _centre(x, inside, d, eps):
+def _centre(x: tl.tensor, inside: tl.tensor, d: tl.tensor, eps: tl.tensor):
     """x less its mean over a row, and 1 / deviation; x is zero outside the row."""
     mean = tl.sum(x, 1) / d
     centred = tl.where(inside, x - mean[:, None], 0.0)
@@ -27,7 +27,9 @@ def _centre(x, inside, d, eps):
 
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def _forward_kernel(
-    x, residual, scale, weight, bias, total, out, rows, per_sample, d, eps,
+    x: tl.tensor, residual: tl.tensor, scale: tl.tensor, weight: tl.tensor, bias: tl.tensor,
+    total: tl.tensor, out: tl.tensor, rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor,
+    eps: tl.tensor,
     ADD: tl.constexpr, SCALE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -52,8 +54,9 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "per_sample"])
 def _backward_kernel(
-    grad, grad_total, x, scale, weight, grad_residual, grad_x, partial_gain, partial_shift,
-    rows, per_sample, d, eps,
+    grad: tl.tensor, grad_total: tl.tensor, x: tl.tensor, scale: tl.tensor, weight: tl.tensor,
+    grad_residual: tl.tensor, grad_x: tl.tensor, partial_gain: tl.tensor, partial_shift: tl.tensor,
+    rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor, eps: tl.tensor,
     ADD: tl.constexpr, SCALE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from quadmamba.kernels.fused.launch import check_half_or_single, compute_dtype, triton_kernels
+from quadmamba.kernels.fused.launch import (
+    check_half_or_single,
+    compute_dtype,
+    empty_rows,
+    triton_kernels,
+)
 from quadmamba.kernels.fused.predictor.reference import (
     check_predictor,
     predictor_grad_ref,
     predictor_score_ref,
 )
 
-MAX_D = 512  # wider tokens do not fit a multiprocessor's shared memory
+MAX_D = 384  # wider tokens outgrow a multiprocessor's registers and shared memory
 
 
 def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
@@ -25,7 +31,7 @@ def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> T
     params: norm weight and bias, then weight and bias of four linear layers d -> d -> d2 -> d4
     -> 2, in the order in which a predictor's modules list them. Matrices are multiplied in
     autocast's dtype where it is on, else in that of x, with float32 sums.
-    Backward keeps x and params alone. On CUDA half precision with d <= 512 takes Triton, the rest
+    Backward keeps x and params alone. On CUDA half precision with d <= 384 takes Triton, the rest
     the reference, whose time is cuBLAS's.
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError on CUDA without Triton.
     """
@@ -47,12 +53,12 @@ def _predictor_score(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
 
 
 @_predictor_score.register_kernel("cpu")
-def _predictor_score_cpu(x, params, eps):
+def _predictor_score_cpu(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
     return predictor_score_ref(x, params, eps).contiguous()
 
 
 @_predictor_score.register_fake
-def _predictor_score_fake(x, params, eps):
+def _predictor_score_fake(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
     check_predictor(x, params)
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
@@ -73,22 +79,25 @@ def _predictor_score_backward(
 
 
 @_predictor_score_backward.register_kernel("cpu")
-def _predictor_score_backward_cpu(grad, x, params, eps):
+def _predictor_score_backward_cpu(
+    grad: Tensor, x: Tensor, params: list[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor]]:
     return predictor_grad_ref(grad, x, params, eps)
 
 
 @_predictor_score_backward.register_fake
-def _predictor_score_backward_fake(grad, x, params, eps):
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return grad_x, [torch.empty_like(p) for p in params]
+def _predictor_score_backward_fake(
+    grad: Tensor, x: Tensor, params: list[Tensor], eps: float
+) -> tuple[Tensor, list[Tensor]]:
+    return empty_rows(x), [torch.empty_like(p) for p in params]
 
 
-def _save_inputs(ctx, inputs, output):
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, params, ctx.eps = inputs
     ctx.save_for_backward(x, *params)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None]:
     x, *params = ctx.saved_tensors
     grad_x, grads = _predictor_score_backward(grad, x, params, ctx.eps)
     return grad_x, grads, None
@@ -98,13 +107,26 @@ _predictor_score.register_autograd(_autograd, setup_context=_save_inputs)
 
 
 @register_flop_formula(torch.ops.quadmamba.predictor_score)
-def _flops(x_shape, params_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(
+    x_shape: Sequence[int],
+    params_shape: Sequence[Sequence[int]],
+    *args: object,
+    out_shape: object = None,
+    **kwargs: object,
+) -> int:
     """Two operations a multiply-add of the four linear layers, torch's convention."""
     tokens = math.prod(x_shape[:-1])
     return 2 * tokens * sum(math.prod(shape) for shape in params_shape[2::2])
 
 
 @register_flop_formula(torch.ops.quadmamba.predictor_score_backward)
-def _flops_backward(grad_shape, x_shape, params_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops_backward(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    params_shape: Sequence[Sequence[int]],
+    *args: object,
+    out_shape: object = None,
+    **kwargs: object,
+) -> int:
     """Gradients of the layers' inputs and matrices; what is computed anew is not counted."""
     return 2 * _flops(x_shape, params_shape)

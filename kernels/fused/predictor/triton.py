@@ -16,7 +16,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _put_matrix(out, transposed, i, cols, rows, width, w, TRANSPOSE: tl.constexpr):
+def _put_matrix(
+    out: tl.tensor,
+    transposed: tl.tensor,
+    i: tl.tensor,
+    cols: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    w: tl.tensor,
+    TRANSPOSE: tl.constexpr,
+):
     """Row i of a (rows, width) matrix, and column i of its transpose."""
     w = w.to(out.dtype.element_ty)
     tl.store(out + i * width + cols, w, mask=cols < width)
@@ -26,7 +35,9 @@ def _put_matrix(out, transposed, i, cols, rows, width, w, TRANSPOSE: tl.constexp
 
 @triton.jit
 def _fold_kernel(
-    gain, shift, w1, b1, w2, w3, out, bias, d, d2, d4, TRANSPOSE: tl.constexpr, BLOCK: tl.constexpr
+    gain: tl.tensor, shift: tl.tensor, w1: tl.tensor, b1: tl.tensor, w2: tl.tensor, w3: tl.tensor,
+    out: tl.tensor, bias: tl.tensor, d: tl.tensor, d2: tl.tensor, d4: tl.tensor,
+    TRANSPOSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row i of the three matrices to half precision, the norm folded into the first."""
     i = tl.program_id(0)
@@ -54,7 +65,7 @@ def _fold_kernel(
 
 
 @triton.jit
-def _tail(x):
+def _tail(x: tl.tensor):
     """Upper tail of the normal distribution at |x|, 2 to a polynomial fitted over 0..8.
 
     Largest error of |x| times it: 9e-7, of it: 2.4e-5; both far below half precision.
@@ -66,12 +77,12 @@ def _tail(x):
 
 
 @triton.jit
-def _gelu(x):
+def _gelu(x: tl.tensor):
     return tl.maximum(x, 0.0) - tl.abs(x) * _tail(x)
 
 
 @triton.jit
-def _gelu_and_slope(x):
+def _gelu_and_slope(x: tl.tensor):
     tail = _tail(x)
     density = 0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817)
     slope = tl.where(x > 0, 1.0 - tail, tail) + x * density
@@ -79,19 +90,27 @@ def _gelu_and_slope(x):
 
 
 @triton.jit
-def _vector(pointer, index, end):
+def _vector(pointer: tl.tensor, index: tl.tensor, end: tl.tensor):
     return tl.load(pointer + index, mask=index < end, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _matrix(pointer, i, j, rows, cols, stride_i, stride_j):
+def _matrix(
+    pointer: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    stride_i: tl.tensor,
+    stride_j: tl.tensor,
+):
     """Entries (i, j) of a matrix, zero beyond its sides: (len i, len j)."""
     inside = (i < rows)[:, None] & (j < cols)[None, :]
     return tl.load(pointer + i[:, None] * stride_i + j[None, :] * stride_j, mask=inside, other=0.0)
 
 
 @triton.jit
-def _tokens(x, row, cols, rows, d):
+def _tokens(x: tl.tensor, row: tl.tensor, cols: tl.tensor, rows: tl.tensor, d: tl.tensor):
     """Tokens `row` at channels `cols` in float32, and which channels are real."""
     inside = (row < rows)[:, None] & (cols < d)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * d + cols[None, :], mask=inside, other=0.0)
@@ -99,7 +118,16 @@ def _tokens(x, row, cols, rows, d):
 
 
 @triton.jit
-def _standardise(x, row, ka, kb, rows, d, eps, SPLIT: tl.constexpr):
+def _standardise(
+    x: tl.tensor,
+    row: tl.tensor,
+    ka: tl.tensor,
+    kb: tl.tensor,
+    rows: tl.tensor,
+    d: tl.tensor,
+    eps: tl.tensor,
+    SPLIT: tl.constexpr,
+):
     """Both parts of the tokens less their mean over their deviation, and 1 / deviation (row)."""
     xa, real_a = _tokens(x, row, ka, rows, d)
     xb, real_b = xa, real_a
@@ -119,7 +147,19 @@ def _standardise(x, row, ka, kb, rows, d, eps, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _times(xa, xb, w, ka, kb, j, rows, cols, stride_k, stride_j, SPLIT: tl.constexpr):
+def _times(
+    xa: tl.tensor,
+    xb: tl.tensor,
+    w: tl.tensor,
+    ka: tl.tensor,
+    kb: tl.tensor,
+    j: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    stride_k: tl.tensor,
+    stride_j: tl.tensor,
+    SPLIT: tl.constexpr,
+):
     """(xa, xb) times the columns j of a matrix with rows ka, kb."""
     out = tl.dot(xa, _matrix(w, ka, j, rows, cols, stride_k, stride_j))
     if SPLIT:
@@ -128,7 +168,7 @@ def _times(xa, xb, w, ka, kb, j, rows, cols, stride_k, stride_j, SPLIT: tl.const
 
 
 @triton.jit
-def _head(h3, w4, b4, j4, d4):
+def _head(h3: tl.tensor, w4: tl.tensor, b4: tl.tensor, j4: tl.tensor, d4: tl.tensor):
     """Second logit less the first, and the row of the last layer that gives it."""
     w4_gap = _vector(w4 + d4, j4, d4) - _vector(w4, j4, d4)
     return tl.sum(h3 * w4_gap, 1) + (tl.load(b4 + 1) - tl.load(b4)).to(tl.float32), w4_gap
@@ -136,7 +176,9 @@ def _head(h3, w4, b4, j4, d4):
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
-    x, matrices, b1, b2, b3, w4, b4, score, rows, d, d2, d4, eps,
+    x: tl.tensor, matrices: tl.tensor, b1: tl.tensor, b2: tl.tensor, b3: tl.tensor, w4: tl.tensor,
+    b4: tl.tensor, score: tl.tensor, rows: tl.tensor, d: tl.tensor, d2: tl.tensor, d4: tl.tensor,
+    eps: tl.tensor,
     SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, D4: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +206,15 @@ def _forward_kernel(
 
 
 @triton.jit
-def _put(pointer, row, cols, rows, width, stride, value):
+def _put(
+    pointer: tl.tensor,
+    row: tl.tensor,
+    cols: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    stride: tl.tensor,
+    value: tl.tensor,
+):
     """Store value at the given rows and columns of a (rows, width) tensor."""
     inside = (row < rows)[:, None] & (cols < width)[None, :]
     at = row.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -172,7 +222,9 @@ def _put(pointer, row, cols, rows, width, stride, value):
 
 
 @triton.jit
-def _put_ones(pointer, row, rows, width, ONES: tl.constexpr):
+def _put_ones(
+    pointer: tl.tensor, row: tl.tensor, rows: tl.tensor, width: tl.tensor, ONES: tl.constexpr
+):
     """The added columns: one of ones, the rest zero."""
     extra = tl.arange(0, ONES)
     value = tl.where(extra == 0, 1.0, 0.0)[None, :] + tl.zeros_like(row).to(tl.float32)[:, None]
@@ -181,8 +233,10 @@ def _put_ones(pointer, row, rows, width, ONES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _recompute_kernel(
-    grad, x, matrices, b1, b2, b3, w4, b4, normed, h1, slope1, h2, g2, g3, partial,
-    rows, d, d2, d4, eps,
+    grad: tl.tensor, x: tl.tensor, matrices: tl.tensor, b1: tl.tensor, b2: tl.tensor, b3: tl.tensor,
+    w4: tl.tensor, b4: tl.tensor, normed: tl.tensor, h1: tl.tensor, slope1: tl.tensor,
+    h2: tl.tensor, g2: tl.tensor, g3: tl.tensor, partial: tl.tensor,
+    rows: tl.tensor, d: tl.tensor, d2: tl.tensor, d4: tl.tensor, eps: tl.tensor,
     SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, D4: tl.constexpr,
     ONES: tl.constexpr,
@@ -236,7 +290,8 @@ def _recompute_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _input_grad_kernel(
-    x, matrices, g2, slope1, grad_x, rows, d, d2, d4, eps,
+    x: tl.tensor, matrices: tl.tensor, g2: tl.tensor, slope1: tl.tensor, grad_x: tl.tensor,
+    rows: tl.tensor, d: tl.tensor, d2: tl.tensor, d4: tl.tensor, eps: tl.tensor,
     SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
 ):  # fmt: skip
