@@ -77,6 +77,7 @@ class Stem(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
         return super().forward(x.permute(0, 2, 3, 1))
 
 

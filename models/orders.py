@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 SHIFT_SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))  # the directions of successive shifted blocks
-_CACHE = 256  # grids x devices whose maps are kept
+# Grids x devices whose maps are kept. They are made outside inference mode, which would spoil them
+# for a training step that follows.
+_CACHE = 256
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,14 @@ def build_order(name: str, window: int) -> ScanOrder:
 
 
 @lru_cache(_CACHE)
+@torch.inference_mode(False)
+def cross_routes(device: torch.device) -> Tensor:
+    """(1, 4) int32: the table of each route of a cross scan, rows and columns, twice."""
+    return torch.tensor([[0, 1, 0, 1]], dtype=torch.int32, device=device)
+
+
+@lru_cache(_CACHE)
+@torch.inference_mode(False)
 def _window_tables(h: int, w: int, side: int, device: torch.device) -> Tensor:
     y, x = _grid(h, w)
     wy, wx = y // side, x // side
@@ -122,6 +132,7 @@ def _window_tables(h: int, w: int, side: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(_CACHE)
+@torch.inference_mode(False)
 def _quad_maps(
     h: int, w: int, shift: tuple[int, int], nested: bool, device: torch.device
 ) -> QuadMaps:

@@ -117,6 +117,7 @@ class QuadMamba(nn.Module):
         return grids
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of this module."""
         return f"num_classes={self.num_classes}, use_checkpoint={self.use_checkpoint}"
 
 

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.quadtree_scan import quadtree_scan
 from quadmamba.models.layers import DepthwiseSiLU, LayerNorm, tag
-from quadmamba.models.orders import QuadMaps, QuadtreeOrder, RasterOrder, WindowOrder
+from quadmamba.models.orders import (
+    QuadMaps,
+    QuadtreeOrder,
+    RasterOrder,
+    WindowOrder,
+    cross_routes,
+)
 from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
 
 DT_MIN, DT_MAX = 1e-3, 0.1  # range of softplus(dt_bias) at initialisation
@@ -82,6 +88,7 @@ class ScanParameters(nn.Module):
         return k * tokens * d * (r + 9 * self.A_log.shape[-1] + 1)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of this module."""
         k, d, r = self.dt_weight.shape
         return f"routes={k}, dim={d}, d_state={self.A_log.shape[-1]}, dt_rank={r}"
 
@@ -117,13 +124,12 @@ class SS2D(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
         tables = self.order.tables(int(x.shape[1]), int(x.shape[2]), x.device)
-        select = (
-            torch.arange(4, dtype=torch.int32, device=x.device)[None] % 2
-        )  # rows, columns, twice
+        select = cross_routes(x.device)
         x = x.flatten(1, 2)  # (b, l, d)
         return self.ssm.scan(x, self.ssm.project(x), tables, select, self.reverse)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of this module."""
         return f"order={self.order}"
 
 
@@ -171,4 +177,5 @@ class QuadSS2D(SS2D):
         return self.ssm.quadtree_scan(x, self.ssm.project(x), decision, maps)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of this module."""
         return f"{super().extra_repr()}, sign={self.sign}, tau={self.tau}"

@@ -158,6 +158,14 @@ def test_recomputed_blocks_draw_the_same_noise():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_inference_mode_leaves_nothing_behind_that_spoils_training(order):
+    model = tiny(order)
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 44, 68))
+    model(torch.randn(1, 3, 44, 68)).sum().backward()
+
+
 def test_shift_directions_follow_the_global_block_index():
     model = build_model(load_cfg(ROOT / "configs/quadmamba_tiny.yaml"))
     signs = [block.op.sign for stage in model.stages[:2] for block in stage]

@@ -88,6 +88,7 @@ def _scans_by_formula(model: nn.Module) -> Iterator[Counter[str]]:
     modules = {n: m for n, m in model.named_modules() if isinstance(m, ScanParameters)}
 
     def stand_in(name: str, x: Tensor, *inputs: Tensor) -> Tensor:
+        """Count a scan of x and pass x on."""
         counts[name] = int(modules[name].macs(int(x.shape[1])))
         return x + sum(t.mean() for t in inputs)  # what is not used would not be counted
 
