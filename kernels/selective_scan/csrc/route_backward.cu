@@ -187,7 +187,7 @@ __device__ __forceinline__ void step_chunk(const Params& p, const Block<T, kPair
   if (finish_before) finish<T, kPair>(p, block, before, at, sums);
   if (!r.start) load_rows<kPair>(static_cast<const T*>(dx), steps(), at, in.dx);
   walk_chunk<T, G, kPair>(p, block, step, r, at, in, sums, w);
-  const float2 D = r.start ? sum_D(p, at) : make_float2(0.f, 0.f);
+  const float2 D = load_two(p.D + at.channel);
 #pragma unroll
   for (int j = 0; j < kSteps; ++j) {
     const float2 v = widen(in.x[j]), e = widen(in.dx[j]);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, kBackwardBlocks)
 
 template <typename T, typename G>
 void launch_backward(const Params& p, int warps, bool pair, cudaStream_t stream) {
-  const int bytes = stage_bytes(p, kBackwardCopies, sizeof(T)) + tiles_bytes(warps);
+  const int bytes = backward_bytes(p.rows, p.m, warps, sizeof(T));
   const int groups = (p.b + p.group - 1) / p.group;
   auto* kernel = !pair       ? &backward_kernel<T, G, false, kMaxColumns>
                  : p.kt <= 2 ? &backward_kernel<T, G, true, 1>

@@ -17,7 +17,7 @@ bool aligned(const Tensor& tensor) {
 bool takes_pairs(const Inputs& in, std::initializer_list<const Tensor*> features) {
   bool pair = in.size.n == 1 && in.size.d % 2 == 0 && in.size.r % 2 == 0;
   for (const Tensor* tensor : features) pair = pair && aligned(*tensor);
-  return pair && aligned(in.A) && aligned(in.D);
+  return pair && aligned(in.A);
 }
 
 template <typename T>
@@ -25,11 +25,20 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
-// Warps of a block of at most `most`, an even number where `even`.
-int block_warps(int64_t d, int most, bool even) {
-  const auto strips = static_cast<int>(std::min<int64_t>(ceil_div(d, kStrip), most));
-  return even ? (strips + 1) / 2 * 2 : strips;
+// Warps of a block: enough for the channels, at most `most`, as many as the shared memory allows; a multiple of `step`.
+template <typename Bytes>
+int block_warps(const Inputs& in, int most, int step, Bytes&& bytes) {
+  int limit = 0;
+  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, in.x.get_device_index()), kOp);
+  const auto strips = static_cast<int>(std::min<int64_t>(ceil_div(in.size.d, kStrip), most));
+  int warps = (strips + step - 1) / step * step;
+  while (warps > step && bytes(warps) > limit) warps -= step;
+  SCAN_CHECK(bytes(warps) <= limit, kOp, "expected r + 2n small enough for the ", limit,
+             " bytes of shared memory of this GPU, got r = ", in.size.r, ", n = ", in.size.n);
+  return warps;
 }
+
+int64_t number_bytes(const Tensor& tensor) { return tensor.scalar_type() == kFloat ? 4 : 2; }
 
 // What both directions need. `scratch` keeps the packed weights alive.
 Params make_params(const Inputs& in, int warps, Tensor& scratch) {
@@ -44,19 +53,21 @@ Params make_params(const Inputs& in, int warps, Tensor& scratch) {
   p.slabs = ceil_div(s.d, warps * kStrip);
   p.strips = p.slabs * warps;
   p.kt = ceil_div(s.r, 8);
-  p.rows = 512 * p.kt + 2 * kChunk * p.n;
+  p.rows = row_floats(p.kt, p.n);
   p.select_row = in.select.size(0) == 1 ? 0 : p.k;
   p.x = data<void>(in.x), p.proj = data<void>(in.proj);
-  p.A = data<float>(in.A), p.D = data<float>(in.D);
+  p.A = data<float>(in.A);
   p.tables = data<int>(in.tables), p.select = data<int>(in.select);
   p.reverse = static_cast<unsigned>(in.reverse);
 
   const int64_t fragments = int64_t{p.k} * p.strips * p.kt * kWarp;
-  scratch = empty_like_on(in.x, {8 * fragments + int64_t{p.k} * p.strips * kStrip}, kFloat);
+  const int64_t channels = int64_t{p.strips} * kStrip;
+  scratch = empty_like_on(in.x, {8 * fragments + (p.k + 1) * channels}, kFloat);
   p.expand = data<float4>(scratch);
   p.contract = p.expand + fragments;
   p.bias = data<float>(scratch) + 8 * fragments;
-  launch_pack(data<float>(in.weight), data<float>(in.bias), p, current_stream(in.x));
+  p.D = p.bias + p.k * channels;
+  launch_pack(data<float>(in.weight), data<float>(in.bias), data<float>(in.D), p, current_stream(in.x));
   return p;
 }
 
@@ -84,8 +95,11 @@ ForwardResult forward_cuda(const Tensor& x, const Tensor& proj, const Tensor& we
   const Tensor y = empty_like_on(x, {s.b, s.l, s.d}, dtype), states = empty_states(in);
   if (y.numel() == 0) return {y, states};
 
-  const int warps = block_warps(s.d, kForwardWarps, false);
   const bool pair = takes_pairs(in, {&in.x, &in.proj});
+  const int64_t floats = row_floats(ceil_div(s.r, 8), s.n);
+  const int warps = block_warps(in, kForwardWarps, 1, [&](int count) {
+    return forward_bytes(floats, s.m, count, pair, number_bytes(x), number_bytes(y));
+  });
   Tensor scratch;
   Params p = make_params(in, warps, scratch);
   set_pairs(p, pair);
@@ -114,7 +128,10 @@ BackwardResult backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& pr
   const Tensor dA = zeros_like_on(x, {s.k, s.d, s.n}, kFloat), dD = zeros_like_on(x, {s.k, s.d}, kFloat);
   if (dx.numel() == 0) return {dx, dproj, dweight, dbias, dA, dD};
 
-  const int warps = block_warps(s.d, kBackwardWarps, true);
+  const int64_t floats = row_floats(ceil_div(s.r, 8), s.n);
+  const int warps = block_warps(in, kBackwardWarps, 2, [&](int count) {
+    return backward_bytes(floats, s.m, count, number_bytes(x));
+  });
   const bool pair = takes_pairs(in, {&in.x, &in.proj, &gradient}) && s.r <= kPairRank;
   Tensor scratch, parts;
   Params p = make_params(in, warps, scratch);

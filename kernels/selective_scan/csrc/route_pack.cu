@@ -14,12 +14,12 @@ __device__ __forceinline__ void split(float v, float& high, float& low) {
 
 // One fragment per thread. A lane (g, q) of tile t holds of the strip's matrix log2(e) dt_weight (8 channels x r):
 // expand: (channel g, ranks 8t+2q, 8t+2q+1); contract: (channels 2q, 2q+1, rank 8t+g); zero outside.
-__global__ void pack_kernel(const float* weight, const float* bias, float4* expand, float4* contract, float* bias_to,
-                            int64_t count, int d, int r, int strips, int kt) {
+__global__ void pack_kernel(const float* weight, const float* bias, const float* D, Params p, int64_t count) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) return;
-  const int lane = index % kWarp, t = index / kWarp % kt, strip = index / (kWarp * kt) % strips;
-  const int64_t route = index / (static_cast<int64_t>(kWarp) * kt * strips);
+  const int d = p.d, r = p.r, kt = p.kt;
+  const int lane = index % kWarp, t = index / kWarp % kt, strip = index / (kWarp * kt) % p.strips;
+  const int64_t route = index / (static_cast<int64_t>(kWarp) * kt * p.strips);
   const int g = lane / 4, q = lane % 4;
   const auto at = [&](int channel, int rank) {
     const bool inside = channel < d && rank < r;
@@ -28,13 +28,18 @@ __global__ void pack_kernel(const float* weight, const float* bias, float4* expa
   float4 v;
   split(at(strip * kStrip + g, 8 * t + 2 * q), v.x, v.z);
   split(at(strip * kStrip + g, 8 * t + 2 * q + 1), v.y, v.w);
-  expand[index] = v;
+  const_cast<float4*>(p.expand)[index] = v;
   split(at(strip * kStrip + 2 * q, 8 * t + g), v.x, v.z);
   split(at(strip * kStrip + 2 * q + 1, 8 * t + g), v.y, v.w);
-  contract[index] = v;
+  const_cast<float4*>(p.contract)[index] = v;
   if (t == 0 && lane < kStrip) {
     const int channel = strip * kStrip + lane;
-    bias_to[(route * strips + strip) * kStrip + lane] = channel < d ? bias[route * d + channel] * kLog2E : 0.f;
+    const bool inside = channel < d;
+    const int64_t at_bias = (route * p.strips + strip) * kStrip + lane;
+    const_cast<float*>(p.bias)[at_bias] = inside ? bias[route * d + channel] * kLog2E : 0.f;
+    float sum = 0.f;
+    for (int i = 0; inside && i < p.k; ++i) sum += D[static_cast<int64_t>(i) * d + channel];
+    if (route == 0) const_cast<float*>(p.D)[channel] = sum;
   }
 }
 
@@ -78,11 +83,9 @@ unsigned blocks(int64_t count, int per_block) { return static_cast<unsigned>(cei
 
 }  // namespace
 
-void launch_pack(const float* weight, const float* bias, const Params& p, cudaStream_t stream) {
+void launch_pack(const float* weight, const float* bias, const float* D, const Params& p, cudaStream_t stream) {
   const int64_t count = int64_t{p.k} * p.strips * p.kt * kWarp;
-  pack_kernel<<<blocks(count, kThreads), kThreads, 0, stream>>>(
-      weight, bias, const_cast<float4*>(p.expand), const_cast<float4*>(p.contract), const_cast<float*>(p.bias), count,
-      p.d, p.r, p.strips, p.kt);
+  pack_kernel<<<blocks(count, kThreads), kThreads, 0, stream>>>(weight, bias, D, p, count);
   check_launch(kOp);
 }
 

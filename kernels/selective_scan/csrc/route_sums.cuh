@@ -1,17 +1,14 @@
 // Sums of the backward pass over channels and positions, from the tiles in shared memory.
 #pragma once
 
-#include "route_tile.cuh"
+#include "route_stage.cuh"
 
 namespace scan::route {
 
 constexpr int kMaxColumns = 8;           // tiles of 8 ranks a warp can own
-constexpr int kTile = kChunk * kStrip;  // numbers of a warp's tile
-
-constexpr int kBackwardCopies = 3;  // the rows of the step before, of this one and of the next
 
 // Shared memory beside the Stage: dz as fragments (2, warps, 4, lane, 4), see `fragment`; gradients of B and C
-// (2, warps, 64, 4, 2).
+// (2, warps, 64, 4, 2). kTile numbers per warp each.
 struct Tiles {
   float *dz, *gates;
   int warps;
@@ -21,8 +18,6 @@ struct Tiles {
     return gates + (step.number % 2 * warps + warp) * kTile;
   }
 };
-
-inline int tiles_bytes(int warps) { return 4 * warps * kTile * static_cast<int>(sizeof(float)); }
 
 // What a warp sums over the positions and images of its block. kColumns: tiles of 8 ranks it owns of dt_weight.
 template <int kColumns>
@@ -96,9 +91,9 @@ __device__ __forceinline__ void write_gates(const Params& p, const Tiles& tiles,
       sum.y += v.y;
     }
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sum.x += __shfl_xor_sync(kAll, sum.x, step);
-      sum.y += __shfl_xor_sync(kAll, sum.y, step);
+    for (int span = 1; span < 4; span *= 2) {
+      sum.x += __shfl_xor_sync(kAll, sum.x, span);
+      sum.y += __shfl_xor_sync(kAll, sum.y, span);
     }
     const int row = t / 4, column = p.r + (t % 4 ? p.n : 0) + i;
     const float v = t % 4 ? sum.y : sum.x * kLn2;
