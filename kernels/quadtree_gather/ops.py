@@ -115,6 +115,8 @@ def _gather(
     inverse: Tensor,
     inward: bool,
 ) -> Tensor:
+    if src.dtype == torch.float64:
+        return _gather_cpu(src, decision, fine, coarse, quadrant, inverse, inward)
     _check_dtype(src)
     first, second = inverse if inward else (fine, coarse)
     kernels = triton_kernels(__package__)
@@ -164,6 +166,9 @@ def _gather_backward(
     inverse: Tensor,
     inward: bool,
 ) -> tuple[Tensor, Tensor]:
+    if src.dtype == torch.float64:
+        maps = (fine, coarse, quadrant, inverse)
+        return _gather_backward_cpu(grad, src, decision, *maps, inward)
     _check_dtype(grad, src)
     first, second = (fine, coarse) if inward else inverse
     kernels = triton_kernels(__package__)

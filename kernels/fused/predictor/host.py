@@ -27,26 +27,15 @@ from quadmamba.kernels.fused.predictor.triton import (
 
 ONES = 8  # columns added to an activation, the first of ones: keeps rows 16 bytes aligned
 
-# Launch parameters by the widest d they serve.
-FORWARD = {
-    256: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2},
-    384: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-}
-RECOMPUTE = {
-    256: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    384: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-}
-INPUT_GRAD = {
-    256: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
-    384: {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1},
-}
+FORWARD = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+RECOMPUTE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+INPUT_GRAD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 
 
-def _launch(table: dict[int, dict[str, int]], d: int) -> dict[str, int]:
+def _launch(options: dict[str, int], d: int) -> dict[str, int]:
     """Launch parameters for width d, with the number of chunks of the first layer's columns."""
-    chosen = dict(table[min(width for width in table if d <= width)])
-    chosen["BLOCK_N"] = min(chosen["BLOCK_N"], max(16, triton.next_power_of_2(d)))
-    return {**chosen, "CHUNKS": ceil_div(d, chosen["BLOCK_N"])}
+    block_n = min(options["BLOCK_N"], max(16, triton.next_power_of_2(d)))
+    return {**options, "BLOCK_N": block_n, "CHUNKS": ceil_div(d, block_n)}
 
 
 def _halves(d: int) -> tuple[int, int]:
@@ -78,7 +67,7 @@ def _operands(x: Tensor, params: Sequence[Tensor], transpose: bool) -> tuple[Ten
 
 
 def forward(x: Tensor, params: Sequence[Tensor], eps: float) -> Tensor:
-    """Scores (rows) float32 of tokens x (rows, d), contiguous, float16 or bfloat16, d <= 384."""
+    """Scores (rows) float32 of tokens x (rows, d), contiguous, float16 or bfloat16, d <= 256."""
     rows, d, d2, d4 = x.shape[0], x.shape[1], params[4].shape[0], params[6].shape[0]
     score = x.new_empty(rows, dtype=torch.float32)
     sides, width4 = _sides(d, d2, d4)

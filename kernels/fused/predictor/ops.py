@@ -22,7 +22,9 @@ from quadmamba.kernels.fused.predictor.reference import (
     predictor_score_ref,
 )
 
-MAX_D = 384  # wider tokens outgrow a multiprocessor's registers and shared memory
+# Widest tokens that the Triton kernels take. At 384 their registers spill, which costs what cuBLAS
+# costs, and on an H200 with Triton 3.6 the float16 result was wrong.
+MAX_D = 256
 
 
 def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
@@ -31,7 +33,7 @@ def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> T
     params: norm weight and bias, then weight and bias of four linear layers d -> d -> d2 -> d4
     -> 2, in the order in which a predictor's modules list them. Matrices are multiplied in
     autocast's dtype where it is on, else in that of x, with float32 sums.
-    Backward keeps x and params alone. On CUDA half precision with d <= 384 takes Triton, the rest
+    Backward keeps x and params alone. On CUDA half precision with d <= 256 takes Triton, the rest
     the reference, whose time is cuBLAS's.
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError on CUDA without Triton.
     """
