@@ -31,18 +31,22 @@ _CACHE = 256
 
 @dataclass(frozen=True)
 class QuadMaps:
-    """Index maps of one grid for the quadtree orders, all int32 on one device.
+    """Maps of one grid for the quadtree orders, on one device; indices are int32.
 
     fine, coarse: (l) position of each token in the two-level and in the one-level order.
-    quadrant: (l) quadrant 0..3 of each token, after the shift. pooled: (l) quadrant whose score a
-    token adds to. tables: (4, l) where every selection is a permutation: row q lists the token at
-    each position when q is selected.
+    quadrant: (l) quadrant 0..3 of each token, after the shift.
+    member: (4, l) float32, 1 where the score of a token counts for a quadrant; count: (4) float32,
+    its tokens, at least 1; empty: (4) bool, quadrants without tokens.
+    tables: (4, l) where every selection is a permutation: row q lists the token at each position
+    when q is selected.
     """
 
     fine: Tensor
     coarse: Tensor
     quadrant: Tensor
-    pooled: Tensor
+    member: Tensor
+    count: Tensor
+    empty: Tensor
     tables: Tensor | None
 
 
@@ -152,9 +156,11 @@ def _quad_maps(
     if nested:
         tables = torch.stack([_inverse(torch.where(quadrant == q, fine, coarse)) for q in range(4)])
         tables = tables.to(device, torch.int32)
-    pooled = quadrant if nested else unrolled
-    index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant, pooled))
-    return QuadMaps(*index, tables)
+    member = (quadrant if nested else unrolled) == torch.arange(4)[:, None]
+    count = member.sum(1)
+    index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant))
+    pooling = (m.to(device, torch.float32) for m in (member, count.clamp(min=1)))
+    return QuadMaps(*index, *pooling, (count == 0).to(device), tables)
 
 
 def _grid(h: int, w: int) -> tuple[Tensor, Tensor]:

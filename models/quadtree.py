@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadmamba.kernels.fused import predictor_score
 from quadmamba.models.layers import LayerNorm, is_fused
+from quadmamba.models.orders import QuadMaps
 
 
 class QuadPredictor(nn.Module):
@@ -37,15 +37,13 @@ class QuadPredictor(nn.Module):
         return logits.log_softmax(-1)[..., 0]
 
 
-def quadrant_logits(score: Tensor, pooled: Tensor) -> Tensor:
-    """Mean score (b, 4) of each quadrant (paper Eq. 8) from scores (b, h, w) and quadrants (l).
+def quadrant_logits(score: Tensor, maps: QuadMaps) -> Tensor:
+    """Mean score (b, 4) of each quadrant (paper Eq. 8) from the scores (b, h, w) of the tokens.
 
     A quadrant without tokens (a side of length 1) gets -inf, so that it is never selected.
     """
-    member = pooled == torch.arange(4, device=pooled.device, dtype=pooled.dtype)[:, None]  # (4, l)
-    count = member.sum(-1)
-    total = (score.flatten(1)[:, None] * member).sum(-1)  # (b, 4)
-    return (total / count.clamp(min=1)).masked_fill(count == 0, float("-inf"))
+    total = (score.flatten(1)[:, None] * maps.member).sum(-1)
+    return (total / maps.count).masked_fill(maps.empty, float("-inf"))
 
 
 def select_quadrant(logits: Tensor, tau: float, training: bool) -> Tensor:
@@ -56,8 +54,11 @@ def select_quadrant(logits: Tensor, tau: float, training: bool) -> Tensor:
     noise.
     """
     if not training:
-        return F.one_hot(logits.argmax(-1), 4).to(logits.dtype)
+        return _one_hot_argmax(logits)
     gumbel = -torch.empty_like(logits).exponential_().log()
     soft = ((logits + gumbel) / tau).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), 4).to(soft.dtype)
-    return hard + (soft - soft.detach())
+    return _one_hot_argmax(soft) + (soft - soft.detach())
+
+
+def _one_hot_argmax(values: Tensor) -> Tensor:
+    return torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)

@@ -166,7 +166,7 @@ class QuadSS2D(SS2D):
         """The selected quadrant, one-hot (b, 4), from the scores (b, h, w) of the tokens."""
         h, w = (int(side) for side in score.shape[1:])
         maps = self.order.maps(h, w, self.shift(h, w), score.device)
-        return select_quadrant(quadrant_logits(score, maps.pooled), self.tau, self.training)
+        return select_quadrant(quadrant_logits(score, maps), self.tau, self.training)
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""

@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import QuadMamba, build_model, ss2d
-from quadmamba.models.orders import ORDERS
+from quadmamba.models.orders import ORDERS, QuadtreeOrder
 from quadmamba.models.quadtree import quadrant_logits, select_quadrant
 from quadmamba.models.ss2d import QuadSS2D, ScanParameters
 from quadmamba.utils.complexity import report
@@ -179,8 +179,8 @@ def test_shift_directions_follow_the_global_block_index():
 def test_selection_is_one_hot_and_never_an_empty_quadrant():
     torch.manual_seed(0)
     score = torch.randn(64, 1, 6, requires_grad=True)
-    pooled = torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.int32)  # one row: no lower quadrants
-    logits = quadrant_logits(score, pooled)
+    maps = QuadtreeOrder().maps(1, 6, (0, 0), torch.device("cpu"))  # no lower quadrants
+    logits = quadrant_logits(score, maps)
     torch.testing.assert_close(logits[:, 0], score[:, 0, :3].mean(1))
     for training in (True, False):
         choice = select_quadrant(logits, 1.0, training)

@@ -42,8 +42,8 @@ def mixer(order, sign=None):
 
 def scores_for(op, h, w, chosen):
     """Scores (1, h, w) that make `op` choose this quadrant."""
-    pooled = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).pooled.view(h, w)
-    return (pooled == chosen).float()[None]
+    member = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).member
+    return member[chosen].view(1, h, w)
 
 
 # -------------------------------------------------------------------------------------- windows
