@@ -101,3 +101,9 @@ ARCHES = {
 @pytest.mark.parametrize(("capability", "arches", "covered"), ARCHES.values(), ids=ARCHES.keys())
 def test_doctor_knows_which_gpus_are_covered(capability, arches, covered):
     assert doctor.has_code_for(capability, arches) is covered
+
+
+@needs_build
+def test_a_library_of_older_sources_is_an_error():
+    with pytest.raises(RuntimeError, match="lacks no_such_op: it was built from older sources"):
+        library.kernels_for("no_such_op")

@@ -38,8 +38,12 @@ def kernels_for(op: str) -> frozenset[str]:
     """Device types ("cpu", "cuda") for which the loaded library holds a kernel of `op`."""
     name = f"{NAMESPACE}::{op}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if LOAD_ERROR is not None or not hasattr(getattr(torch.ops, NAMESPACE), op):
+    if LOAD_ERROR is not None:
         return frozenset()
+    if not hasattr(getattr(torch.ops, NAMESPACE), op):
+        raise RuntimeError(
+            f"{PATH} lacks {op}: it was built from older sources. Build it again: {BUILD_COMMAND}"
+        )
     return frozenset(device for device in ("cpu", "cuda") if has(name, device.upper()))
 
 
