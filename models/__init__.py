@@ -10,7 +10,7 @@ __all__ = ["QuadMamba", "build_model"]
 
 
 def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
-    """The model of `cfg.MODEL`; `num_classes` goes before MODEL.NUM_CLASSES, where 0 means 1000."""
+    """The model of `cfg.MODEL`; `num_classes` goes before MODEL.NUM_CLASSES; 0 or None: 1000."""
     model = cfg.MODEL
     return QuadMamba(
         model.DIMS,

@@ -20,6 +20,8 @@ class QuadPredictor(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        if dim < 4:
+            raise ValueError(f"QuadPredictor: expected at least 4 inner channels, got {dim}")
         self.embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
         self.score = nn.Sequential(
             nn.Linear(dim, dim // 2),
@@ -31,7 +33,8 @@ class QuadPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_fused(x):
-            return predictor_score(x, list(self.parameters()))
+            layers = [*self.embed[:2], *self.score[::2]]
+            return predictor_score(x, [p for layer in layers for p in (layer.weight, layer.bias)])
         logits = self.score(self.embed(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1)[..., 0]

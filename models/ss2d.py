@@ -155,6 +155,8 @@ class QuadSS2D(SS2D):
         tau: float = 1.0,
     ) -> None:
         super().__init__(dim, order=order, ssm_ratio=ssm_ratio, d_state=d_state)
+        if tau <= 0:
+            raise ValueError(f"QuadSS2D: expected a temperature tau above 0, got {tau}")
         self.sign, self.tau = sign, tau
         self.predictor = QuadPredictor(int(dim * ssm_ratio))
 

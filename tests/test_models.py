@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
@@ -164,6 +165,32 @@ def test_inference_mode_leaves_nothing_behind_that_spoils_training(order):
     with torch.inference_mode():
         model(torch.randn(1, 3, 44, 68))
     model(torch.randn(1, 3, 44, 68)).sum().backward()
+
+
+def test_fake_tensors_leave_nothing_behind():
+    model, images = tiny().eval(), torch.randn(1, 3, 52, 76)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model(images)
+    assert type(model(images)) is torch.Tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_batch_gives_empty_logits(dtype):
+    model = tiny().to(dtype).eval()
+    assert model(torch.zeros(0, 3, 32, 32, dtype=dtype)).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tau": 0.0}, "expected a temperature tau above 0"),
+        ({"order": "window", "window": 0}, "expected a side of at least 1 token"),
+        ({"ssm_ratio": 0.25}, "expected at least 4 inner channels, got 2"),
+    ],
+)
+def test_impossible_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**kwargs)
 
 
 def test_shift_directions_follow_the_global_block_index():

@@ -70,3 +70,14 @@ def test_the_op_is_registered_as_torch_library_asks():
     inputs = (*values.values(), maps.tables, maps.fine, maps.coarse, maps.quadrant)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.quadmamba.quadtree_scan.default, inputs, test_utils=checks)
+
+
+@pytest.mark.parametrize(("name", "size"), [("decision", (2, 7)), ("tables", (3, 12))])
+def test_wrong_shapes_are_named_and_not_read(name, size):
+    values, maps = make_inputs(3, 4, "cpu", torch.float32)
+    x, proj, decision, *parameters = (v.detach() for v in values.values())
+    tables = maps.tables if name != "tables" else torch.zeros(size, dtype=torch.int32)
+    decision = decision if name != "decision" else torch.zeros(size)
+    index = (maps.fine, maps.coarse, maps.quadrant)
+    with pytest.raises(ValueError, match=name):
+        quadtree_scan(x, proj, decision, tuple(parameters), index, tables)

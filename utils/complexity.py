@@ -1,7 +1,7 @@
 """Parameters and multiply-adds of a model, counted on the CPU in the official convention.
 
 fvcore counts one multiply-add as one; the scan, which fvcore cannot see, adds the official code's
-9·b·l·d·n + b·d·l for each route.
+9·b·l·d·n + b·d·l for each route, and b·l·d·r for the expansion of its step size.
 """
 
 from __future__ import annotations

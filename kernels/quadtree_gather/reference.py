@@ -65,7 +65,8 @@ def quadrant_sums(
         for i in (first, second)
     )
     dot = (tokens.to(dtype) * (one - two)).sum(-1)  # (b, l)
-    return dot @ F.one_hot(quadrant.long(), 4).to(dtype)
+    with torch.autocast(dot.device.type, enabled=False):
+        return dot @ F.one_hot(quadrant.long(), 4).to(dtype)
 
 
 def decision_grad_ref(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.quadtree_gather import decision_grad
+from quadmamba.kernels.quadtree_gather.checks import check_gather
 from quadmamba.kernels.quadtree_scan.reference import quadtree_scan_ref
 
 _REVERSE_BITS = 0b10  # route 0 forwards, route 1 backwards
@@ -35,6 +36,11 @@ def quadtree_scan(
     tables, in float64, and on a CPU without kernels the sequence is written, as in
     `quadtree_scan_ref`. Raises as `route_scan` does.
     """
+    check_gather(x, decision, *maps)
+    if tables is not None and tuple(tables.shape) != (4, x.shape[1]):
+        raise ValueError(
+            f"quadtree_scan: expected tables (4, l) = (4, {x.shape[1]}), got {tuple(tables.shape)}"
+        )
     kernels = selective_scan.route_ops.KERNELS
     if tables is None or not selective_scan.library.use_kernel("route_scan", x, kernels):
         return quadtree_scan_ref(x, proj, decision, parameters, maps)
@@ -64,12 +70,15 @@ def _scan(
 
 def _setup_context(ctx, inputs, output) -> None:
     x, proj, decision, *parameters, tables, fine, coarse, quadrant = inputs
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.decides = ctx.needs_input_grad[2]
     ctx.save_for_backward(x, proj, *parameters, tables, fine, coarse, quadrant, *output)
 
 
 def _backward(ctx, dy, dstates, dselect) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
     x, proj, *parameters, tables, fine, coarse, quadrant, y, states, select = ctx.saved_tensors
     dx, dproj, *grads = torch.ops.selective_scan.route_scan_bwd(
         dy, x, proj, *parameters, tables, select, states, _REVERSE_BITS

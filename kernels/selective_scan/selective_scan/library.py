@@ -34,16 +34,19 @@ def _load() -> str | None:
 LOAD_ERROR = _load()
 
 
+def missing(op: str) -> str | None:
+    """Why `op` is not in the loaded library, or None where it is there."""
+    if LOAD_ERROR is None and not hasattr(getattr(torch.ops, NAMESPACE), op):
+        return f"{PATH} lacks {op}: it was built from older sources"
+    return LOAD_ERROR
+
+
 def kernels_for(op: str) -> frozenset[str]:
     """Device types ("cpu", "cuda") for which the loaded library holds a kernel of `op`."""
     name = f"{NAMESPACE}::{op}"
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    if LOAD_ERROR is not None:
+    if missing(op) is not None:
         return frozenset()
-    if not hasattr(getattr(torch.ops, NAMESPACE), op):
-        raise RuntimeError(
-            f"{PATH} lacks {op}: it was built from older sources. Build it again: {BUILD_COMMAND}"
-        )
     return frozenset(device for device in ("cpu", "cuda") if has(name, device.upper()))
 
 
@@ -59,7 +62,7 @@ def use_kernel(op: str, tensor: Tensor, kernels: frozenset[str]) -> bool:
     if device in kernels or device == "meta" and kernels:
         return True
     if device not in ("cpu", "meta"):
-        why = LOAD_ERROR or f"{PATH} holds kernels for {', '.join(sorted(kernels))} only"
+        why = missing(f"{op}_fwd") or f"{PATH} holds kernels for {', '.join(sorted(kernels))} only"
         raise RuntimeError(
             f"{op}: expected a compiled kernel for a {device} tensor, but {why}. "
             f"Build it where nvcc is installed: {BUILD_COMMAND}. `python -m selective_scan.doctor` "
@@ -68,8 +71,8 @@ def use_kernel(op: str, tensor: Tensor, kernels: frozenset[str]) -> bool:
     if op not in _warned and not torch.compiler.is_compiling():
         _warned.add(op)
         warnings.warn(
-            f"{op}: no compiled CPU kernel ({LOAD_ERROR}), running the PyTorch reference, which is "
-            f"several times slower. Build it: {BUILD_COMMAND}",
+            f"{op}: no compiled CPU kernel ({missing(f'{op}_fwd')}), running the PyTorch "
+            f"reference, which is several times slower. Build it: {BUILD_COMMAND}",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -35,7 +35,7 @@ def linear_recurrence(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
             "linear_recurrence: expected a and b of one shape, "
             f"got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    return _LinearRecurrence.apply(a, b, dim)
+    return _LinearRecurrence.apply(a, b, dim % a.dim())
 
 
 class _LinearRecurrence(torch.autograd.Function):
@@ -65,8 +65,9 @@ def _scan_chunks(a: Tensor, b: Tensor, dim: int) -> Tensor:
     steps = max(1, round(l**0.5))
     pad = -l % steps
     outer, inner = shape[:dim].numel(), shape[dim + 1 :].numel()
+    chunks = (l + pad) // steps
     a, b = (
-        F.pad(x.reshape(outer, l, inner), (0, 0, 0, pad)).view(outer, -1, steps, inner)
+        F.pad(x.reshape(outer, l, inner), (0, 0, 0, pad)).view(outer, chunks, steps, inner)
         for x in (a, b)
     )
     h, decay = torch.empty_like(b), torch.empty_like(a)  # (outer, chunks, steps, inner)
@@ -78,7 +79,7 @@ def _scan_chunks(a: Tensor, b: Tensor, dim: int) -> Tensor:
     for m in range(1, h.shape[1]):
         torch.addcmul(h[:, m - 1, -1], decay[:, m - 1, -1], carry[:, m - 1], out=carry[:, m])
     h.addcmul_(decay, carry[:, :, None])
-    return h.view(outer, -1, inner)[:, :l].reshape(shape)
+    return h.view(outer, l + pad, inner)[:, :l].reshape(shape)
 
 
 def sequential_recurrence(a: Tensor, b: Tensor, dim: int = 1) -> Tensor:
@@ -179,7 +180,9 @@ def route_scan_ref(
     xs = x.to(dtype).gather(1, route.reshape(b, l * k, 1).expand(-1, -1, d)).view(b, l, k, d)
     ps = proj.to(dtype).gather(1, route[..., None].expand_as(proj))  # (b, l, k, r + 2n)
     dt, B, C = ps.split([r, n, n], dim=-1)
-    delta = F.softplus(torch.einsum("blkr,kdr->blkd", dt, dt_weight.to(dtype)) + dt_bias.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        delta = torch.einsum("blkr,kdr->blkd", dt, dt_weight.to(dtype))
+    delta = F.softplus(delta + dt_bias.to(dtype))
     decay = torch.exp(delta[..., None] * A.to(dtype))  # (b, l, k, d, n)
     drive = (delta * xs)[..., None] * B[:, :, :, None]
     h = scan(decay, drive, 1)

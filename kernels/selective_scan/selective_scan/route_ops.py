@@ -59,7 +59,8 @@ def route_scan(
     if not library.use_kernel("route_scan", x, KERNELS):
         return route_scan_ref(*inputs, flags).to(out_dtype or full)
     bits = sum(flag << i for i, flag in enumerate(flags))
-    return torch.ops.selective_scan.route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
+    y = torch.ops.selective_scan.route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
+    return y.to(out_dtype or full)  # a copy only where autocast widened x
 
 
 def _check_dtypes(x: Tensor, proj: Tensor) -> None:
