@@ -159,7 +159,7 @@ def train(cfg: CfgNode, world: World) -> None:
         load_and_judge(cfg, world, log, model, loaders, cfg.TRAIN.PRETRAINED)
     updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
     stepper = build_stepper(cfg, world, model, mixed=loaders.mixup is not None, updates=updates)
-    progress = resume(cfg, stepper, log, folder)
+    progress = resume(cfg, stepper, log, folder, updates)
     draw = painter(cfg, world, loaders)
     engine.train(cfg, stepper, loaders, log, folder=folder, progress=progress, draw=draw)
     report_skipped(world, log, loaders)
@@ -241,8 +241,14 @@ def load_and_judge(
     return loaded.source, metrics
 
 
-def resume(cfg: CfgNode, stepper: Stepper, log: RunLog, folder: Path) -> engine.Progress:
-    """Continue from TRAIN.RESUME, else with AUTO_RESUME from the last checkpoint in `folder`."""
+def resume(
+    cfg: CfgNode, stepper: Stepper, log: RunLog, folder: Path, updates: int
+) -> engine.Progress:
+    """Continue from TRAIN.RESUME, else with AUTO_RESUME from the last checkpoint in `folder`.
+
+    updates: optimizer steps of an epoch now; with another batch size than before the schedule
+    goes on at the same epoch.
+    """
     world, last = stepper.world, folder / LAST
     found = cfg.TRAIN.AUTO_RESUME and world.gather(last.is_file())[0]
     path = cfg.TRAIN.RESUME or (str(last) if found else "")
@@ -254,6 +260,13 @@ def resume(cfg: CfgNode, stepper: Stepper, log: RunLog, folder: Path) -> engine.
         stepper.load_state(payload, where)
     log.say(f"continuing {path} after epoch {payload['epoch']} of {cfg.TRAIN.EPOCHS}", "green")
     warn_of_changes(cfg, log, payload["config"])
+    due = payload["epoch"] * updates
+    if stepper.updates != due:
+        log.warn(
+            f"{path} took {stepper.updates} steps in {payload['epoch']} epochs, with this batch "
+            f"size and data it would be {due}; the learning rate follows the epoch"
+        )
+        stepper.move_to(due)
     if cfg.TRAIN.PRETRAINED:
         log.warn(
             f"the weights of TRAIN.PRETRAINED are replaced by those of {path}; "
@@ -287,7 +300,8 @@ def report_skipped(world: World, log: RunLog, loaders: Loaders) -> None:
     """Say how many unreadable images were left out, over all ranks."""
     for name in ("train", "val"):
         loader = getattr(loaders, name)
-        skipped = sum(world.gather(skipped_images(loader) if loader else 0))
+        parts = world.gather(sorted(skipped_images(loader)) if loader else [])
+        skipped = len({path for part in parts for path in part})
         if skipped:
             log.warn(f"{skipped} unreadable images of {name} were left out (DATA.ON_ERROR skip)")
             log.record("skipped", 0, part=name, images=skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def get_key(cfg: CfgNode, key: str) -> object:
 
 def check_cfg(cfg: CfgNode) -> None:
     """Raise ConfigError for a value outside its range or a combination that cannot work."""
+    _check_values(cfg)
+    _check_model(cfg.MODEL)
+    _check_recipe(cfg)
+
+
+def _check_values(cfg: CfgNode) -> None:
+    numbers = {key: value for key, value in _flatten(cfg) if isinstance(value, float)}
+    strange = [key for key, value in numbers.items() if not math.isfinite(value)]
+    if strange:
+        raise ConfigError(f"{strange[0]}: expected a finite number, got {numbers[strange[0]]}")
     for key, choices in _CHOICES.items():
         if get_key(cfg, key) not in choices:
             raise ConfigError(
@@ -115,8 +126,6 @@ def check_cfg(cfg: CfgNode) -> None:
     for key in _FRACTIONS:
         if not 0 <= get_key(cfg, key) <= 1:
             raise ConfigError(f"{key}: expected a number from 0 to 1, got {get_key(cfg, key)}")
-    _check_model(cfg.MODEL)
-    _check_recipe(cfg)
 
 
 def _check_model(model: CfgNode) -> None:
@@ -143,6 +152,8 @@ def _check_model(model: CfgNode) -> None:
 
 def _check_recipe(cfg: CfgNode) -> None:
     train, aug = cfg.TRAIN, cfg.AUG
+    if not 0 <= train.SEED < 2**63:
+        raise ConfigError(f"TRAIN.SEED: expected 0 or more, below 2^63, got {train.SEED}")
     if train.WARMUP_EPOCHS >= train.EPOCHS and cfg.MODE == "train":
         raise ConfigError(
             f"TRAIN.WARMUP_EPOCHS: expected fewer than TRAIN.EPOCHS = {train.EPOCHS}, "

@@ -24,6 +24,7 @@ _UNREADABLE = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

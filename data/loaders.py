@@ -68,7 +68,13 @@ def build_loaders(
     """
     if not cfg.DATA.PATH:
         raise DataError("DATA.PATH (--data-path) is empty: give the folder of train/ and val/")
-    transforms = build_transforms(cfg)
+    try:
+        transforms = build_transforms(cfg)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise DataError(
+            f"AUG.AUTO_AUGMENT: expected a policy that timm knows, such as rand-m9-mstd0.5-inc1, "
+            f"got {cfg.AUG.AUTO_AUGMENT!r} ({error})"
+        ) from error
     val_set = _build_dataset(cfg, "val", transforms.val)
     classes = val_set.classes
     _check_num_classes(cfg, classes)
@@ -85,9 +91,9 @@ def build_loaders(
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
 
 
-def skipped_images(loader: ImageLoader) -> int:
-    """Unreadable files that this process left out so far (each counted once over all epochs)."""
-    return len(loader.dataset.unreadable)
+def skipped_images(loader: ImageLoader) -> set[str]:
+    """Unreadable files that this process left out so far."""
+    return loader.dataset.unreadable
 
 
 def _build_dataset(cfg: CfgNode, part: str, transform: Transform) -> FolderImages:

@@ -69,6 +69,8 @@ BAD = [
     (["TRAIN.BETAS", "[0.9, 1.0]"], "TRAIN.BETAS: expected two numbers"),
     (["AUG.SCALE", "[0.9, 0.1]"], "AUG.SCALE: expected 0 < low <= high"),
     (["DATA.CROP_RATIO", "0"], "DATA.CROP_RATIO: expected above 0"),
+    (["TRAIN.SEED", "-1"], "TRAIN.SEED: expected 0 or more"),
+    (["TRAIN.CLIP_GRAD", ".nan"], "TRAIN.CLIP_GRAD: expected a finite number"),
     (["TRAIN.RESUME", "a", "TRAIN.PRETRAINED", "b"], "TRAIN.RESUME and TRAIN.PRETRAINED"),
 ]
 

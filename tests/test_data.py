@@ -277,11 +277,11 @@ def test_skip_leaves_out_of_validation_and_counts(root, workers):
         spoil(root / "val" / f"{name}.png")
     cfg = make_cfg(root, DATA__ON_ERROR="skip", DATA__WORKERS=workers)
     loader = build_loaders(cfg, with_train=False).val
-    assert skipped_images(loader) == 0
+    assert len(skipped_images(loader)) == 0
     for _ in range(2):
         batches = list(loader)
         assert [targets.tolist() for _, targets in batches] == [[1, 2]]
-        assert skipped_images(loader) == 5
+        assert len(skipped_images(loader)) == 5
 
 
 def test_skip_keeps_the_size_of_training_batches(root):
@@ -291,7 +291,7 @@ def test_skip_keeps_the_size_of_training_batches(root):
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
         assert [len(images) for images, _ in loader] == [4, 4, 4]
-    assert skipped_images(loader) == 4
+    assert len(skipped_images(loader)) == 4
 
 
 def test_skip_gives_up_where_nothing_can_be_read(root):
@@ -349,3 +349,23 @@ def test_the_batch_limit_counts_ranks(root):
 def test_an_empty_path_is_explained():
     with pytest.raises(DataError, match="--data-path"):
         build_loaders(make_cfg(""))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "original", "v0"])
+def test_posterize_at_both_ends_is_an_image(policy):
+    transform = build_transforms(load_cfg(opts=["AUG.AUTO_AUGMENT", policy])).train
+    steps = [s for s in transform.transforms if hasattr(s, "ops") or hasattr(s, "policy")]
+    ops = [op for s in steps for op in getattr(s, "ops", sum(getattr(s, "policy", []), []))]
+    posterize = [op for op in ops if op.name.startswith("Posterize")]
+    assert posterize
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    for op in posterize:
+        op.prob, op.magnitude_std = 1.0, 0
+        for op.magnitude in (0, 10):
+            assert op(image).size == (8, 8)
+
+
+def test_an_unknown_policy_is_explained(root):
+    cfg = load_cfg(flags={"DATA.PATH": str(root), "AUG.AUTO_AUGMENT": "foo"})
+    with pytest.raises(DataError, match=r"AUG.AUTO_AUGMENT: expected a policy .* got 'foo'"):
+        build_loaders(cfg)

@@ -194,6 +194,17 @@ def test_every_flag_is_in_the_help(capsys):
         assert flag in text
 
 
+def test_a_run_continued_with_another_batch_size_keeps_its_schedule(data, tmp_path, capsys):
+    flags = ("--data-path", data, *FLAGS, "--output", tmp_path, "--epochs", 1)
+    assert run(*flags, "--opts", "TRAIN.WARMUP_EPOCHS", 0) == 0
+    more = ("--epochs", 3, "--batch-size", 2, "--opts", "TRAIN.WARMUP_EPOCHS", 0)
+    assert run(*flags, *more) == 0
+    assert "the learning rate follows the epoch" in capsys.readouterr().out
+    lines = (tmp_path / "quadmamba_lite/default/log.jsonl").read_text().splitlines()
+    rates = [entry["lr"] for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    assert rates[-2] > rates[-1]
+
+
 def test_launch_command_trains_with_two_processes(data, trained, tmp_path):
     """The command of the original instructions, word for word but for the paths."""
     launch = ["-m", "torch.distributed.launch", "--nnodes=1", "--node_rank=0"]

@@ -13,8 +13,8 @@ import argparse
 import csv
 import json
 import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Write the folder and return the exit code: 0, or 2 where OUT holds something else."""
     args = _parse_args(argv)
-    out: Path = args.out
+    out: Path = args.out.resolve()
     done = {key: value for key, value in vars(args).items() if key != "out"}
     marker = out / "digits.json"
     if marker.is_file() and json.loads(marker.read_text()) == done:
@@ -144,9 +144,14 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         print(f"{out}: expected a new or empty folder; give another or remove it", file=sys.stderr)
         return 2
-    part = out.with_name(out.name + ".part")  # so that OUT is never half written
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own beside OUT, so that OUT is never half written
+        part = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
+    except OSError as error:
+        print(f"{out}: expected a place that can be written: {error}", file=sys.stderr)
+        return 2
+    part.chmod(0o755)
     if args.cluttered:
         write_cluttered(part, args.size, args.seed, args.train)
     else:

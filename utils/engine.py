@@ -141,7 +141,7 @@ def train(
             if draw is not None and (final or progress.epoch % cfg.LOG_IMAGES_EVERY == 0):
                 log.images("partition", draw(stepper.model), stepper.updates)
         due = final or progress.epoch % train_cfg.SAVE_EVERY == 0
-        names = [name for name, wanted in ((LAST, due), (BEST, best)) if wanted]
+        names = [name for name, wanted in ((BEST, best), (LAST, due)) if wanted]
         with world.together(CheckpointError):
             if world.is_main and names:
                 payload = checkpoint_of(cfg, stepper, progress)

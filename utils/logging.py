@@ -43,7 +43,13 @@ class RunLog:
     def __init__(self, folder: Path | None = None, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
-        self._lines = (folder / LOG_FILE).open("a", buffering=1) if folder else None
+        try:
+            self._lines = (folder / LOG_FILE).open("a", buffering=1) if folder else None
+        except OSError as error:
+            raise OutputError(
+                f"OUTPUT: expected a log file that can be written, got {folder}/{LOG_FILE}: "
+                f"{error.strerror}; move it away or choose another folder with --output"
+            ) from error
         self._board = SummaryWriter(str(folder)) if folder else None
 
     def say(self, text: str, color: str | None = None) -> None:

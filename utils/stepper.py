@@ -136,6 +136,10 @@ class Stepper:
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.updates = state["updates"]
+        self.move_to(state["updates"])
+
+    def move_to(self, updates: int) -> None:
+        """Take the learning rate of the schedule after so many steps."""
+        self.updates = updates
         if self.scheduler is not None:
-            self.scheduler.step_update(self.updates)
+            self.scheduler.step_update(updates)
