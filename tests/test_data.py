@@ -349,23 +349,3 @@ def test_the_batch_limit_counts_ranks(root):
 def test_an_empty_path_is_explained():
     with pytest.raises(DataError, match="--data-path"):
         build_loaders(make_cfg(""))
-
-
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "original", "v0"])
-def test_posterize_at_both_ends_is_an_image(policy):
-    transform = build_transforms(load_cfg(opts=["AUG.AUTO_AUGMENT", policy])).train
-    steps = [s for s in transform.transforms if hasattr(s, "ops") or hasattr(s, "policy")]
-    ops = [op for s in steps for op in getattr(s, "ops", sum(getattr(s, "policy", []), []))]
-    posterize = [op for op in ops if op.name.startswith("Posterize")]
-    assert posterize
-    image = Image.new("RGB", (8, 8), (200, 100, 50))
-    for op in posterize:
-        op.prob, op.magnitude_std = 1.0, 0
-        for op.magnitude in (0, 10):
-            assert op(image).size == (8, 8)
-
-
-def test_an_unknown_policy_is_explained(root):
-    cfg = load_cfg(flags={"DATA.PATH": str(root), "AUG.AUTO_AUGMENT": "foo"})
-    with pytest.raises(DataError, match=r"AUG.AUTO_AUGMENT: expected a policy .* got 'foo'"):
-        build_loaders(cfg)

@@ -1,0 +1,89 @@
+"""The fused Triton kernels in Triton's interpreter, on the CPU, against their references."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from test_fused import add_case, call_predictor, dwconv_case, gradients, predictor_case, relative
+
+from quadmamba.kernels.fused import (
+    add_layer_norm_ref,
+    dwconv_silu_ref,
+    layer_norm_ref,
+    predictor_score_ref,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def plain_gradients(ref, inputs, *grads):
+    return tuple(gradients(ref, inputs, grads).values())
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 17, 9, 36)], ids=str)
+def test_interpreted_dwconv_silu(shape):
+    from quadmamba.kernels.fused.dwconv_silu import triton as kernels
+
+    inputs, grad = dwconv_case(shape), torch.randn(shape)
+    truth = plain_gradients(dwconv_silu_ref, inputs, grad)
+    found = (kernels.forward(**inputs), *kernels.backward(grad, **inputs))
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 192)], ids=str)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_interpreted_layer_norm(shape, scaled):
+    from quadmamba.kernels.fused.layer_norm import triton as kernels
+
+    inputs, (grad, grad_total) = add_case(shape, scaled), torch.randn(2, *shape)
+    params = (inputs["weight"], inputs["bias"], 1e-5, torch.float32)
+    scale = inputs.get("scale")
+    truth = plain_gradients(add_layer_norm_ref, inputs, grad_total, grad)
+    found = kernels.forward(inputs["x"], *params, inputs["residual"], scale)
+    found += kernels.backward(grad, found[0], *params[::2], torch.float32, grad_total, scale)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+    del inputs["residual"], inputs["x"]
+    x = truth[0].detach()
+    inputs = {"x": x, "weight": params[0], "bias": params[1]}
+    truth = plain_gradients(layer_norm_ref, inputs, grad)
+    found = (kernels.forward(x, *params)[1], *kernels.backward(grad, x, *params[::2], x.dtype)[1:])
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [16, 24, 96])
+def test_interpreted_predictor(d, monkeypatch):
+    from quadmamba.kernels.fused.predictor import host as kernels
+
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda *args: {**launch(*args), "BLOCK_M": 32})
+    inputs, grad = predictor_case((40, d)), torch.randn(40)
+    x, *params = inputs.values()
+    truth = plain_gradients(partial(call_predictor, predictor_score_ref), inputs, grad)
+    grad_x, grads = kernels.backward(grad, x, params, 1e-5)
+    found = (kernels.forward(x, params, 1e-5), grad_x, *grads)
+    for value, expected in zip(found, truth):
+        assert relative(value, expected.double()) < 5e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+def test_triton_interpreter():
+    """The Triton kernels on the CPU, in a process of its own: the switch is read at import."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "interpreted"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
