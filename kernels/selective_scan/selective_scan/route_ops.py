@@ -93,7 +93,7 @@ def _states_shape(x, dt_weight, n, select, out_float) -> tuple[int, ...]:
     k, _, r = dt_weight.shape
     in_half = x.dtype != torch.float32 and not out_float
     if x.is_cuda and in_half and select.shape[1] != k and n == 1 and d % 8 == 0 and r <= _MAX_RANK:
-        return b, k, max(-(-l // _ROWS) - 1, 0), d
+        return b, k, -(-l // _ROWS), d
     return b, k, max(-(-l // _CHUNK) - 1, 0), n, d
 
 
