@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import (
     check_half_or_single,
     compute_dtype,
@@ -55,7 +56,7 @@ def add_layer_norm(
     return _add_layer_norm(residual, x, weight, bias, scale, eps, out_dtype or compute_dtype(x))
 
 
-@torch.library.custom_op("quadmamba::layer_norm", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::layer_norm")
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> Tensor:
@@ -81,7 +82,7 @@ def _layer_norm_fake(
     return empty_rows(x, out_dtype)
 
 
-@torch.library.custom_op("quadmamba::layer_norm_backward", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::layer_norm_backward")
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _layer_norm_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _layer_norm.register_autograd(_layer_norm_autograd, setup_context=_save_layer_norm)
 
 
-@torch.library.custom_op("quadmamba::add_layer_norm", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::add_layer_norm")
 def _add_layer_norm(
     residual: Tensor,
     x: Tensor,
@@ -167,7 +168,7 @@ def _add_layer_norm_fake(
     return empty_rows(residual), empty_rows(x, out_dtype)
 
 
-@torch.library.custom_op("quadmamba::add_layer_norm_backward", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::add_layer_norm_backward")
 def _add_layer_norm_backward(
     grad_total: Tensor,
     grad: Tensor,
