@@ -17,6 +17,8 @@ from quadmamba.kernels.fused import (
     dwconv_silu_ref,
     layer_norm,
     layer_norm_ref,
+    mlp,
+    mlp_ref,
     predictor_score,
     predictor_score_ref,
 )
@@ -59,6 +61,17 @@ def predictor_case(shape):
     return {"x": torch.randn(shape), **params}
 
 
+def mlp_case(shape):
+    c, hidden = shape[-1], 2 * shape[-1] + 3
+    return {
+        "x": torch.randn(shape),
+        "weight1": 3 * c**-0.5 * torch.randn(hidden, c),
+        "bias1": torch.randn(hidden),
+        "weight2": hidden**-0.5 * torch.randn(c + 1, hidden),
+        "bias2": torch.randn(c + 1),
+    }
+
+
 def call_predictor(op, x, **params):
     return op(x, list(params.values()))
 
@@ -72,6 +85,7 @@ OPS = {  # name: op, reference, inputs, arguments that stay float32 and constant
         add_layer_norm_ref,
         partial(add_case, scaled=False),
     ),
+    "mlp": (mlp, mlp_ref, mlp_case),
     "predictor_score": (
         partial(call_predictor, predictor_score),
         partial(call_predictor, predictor_score_ref),
@@ -219,6 +233,7 @@ def test_opcheck(device):
     torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, torch.float32))
     args = (residual, x, weight, bias, scale, 1e-5, torch.float32)
     torch.library.opcheck(ops.add_layer_norm.default, args)
+    torch.library.opcheck(ops.mlp.default, tensors(mlp_case))
     tokens, *params = tensors(predictor_case)
     torch.library.opcheck(ops.predictor_score.default, (tokens, params, 1e-5))
 
@@ -249,7 +264,7 @@ def test_sliced_and_empty_inputs(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "predictor_score"])
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "mlp", "predictor_score"])
 def test_autocast_chooses_the_dtype(name, device):
     op, _, make = OPS[name]
     inputs = {k: v.to(device) for k, v in make((2, 3, 2, 16)).items()}
@@ -273,6 +288,12 @@ def test_only_the_input_is_kept():
         dwconv_silu(x, torch.randn(16, 1, 3, 3))
         layer_norm(x, torch.ones(16), torch.zeros(16))
     assert {t.data_ptr() for t in saved if t.numel() > 256} == {x.data_ptr()}
+    saved.clear()
+    params = mlp_case(x.shape)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mlp(**{**params, "x": x})
+    shapes = [tuple(t.shape) for t in saved if t.dim() == x.dim()]
+    assert shapes == [(2, 4, 4, 16), (2, 4, 4, 35)], "x and the hidden values, once"
 
 
 def test_flops():
@@ -283,6 +304,11 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         predictor_score(x, predictor_params(16)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 32 * (16 * 16 + 16 * 8 + 8 * 4 + 4 * 2)
+
+    params = mlp_case((2, 4, 4, 16))
+    with FlopCounterMode(display=False) as counter:
+        mlp(**{**params, "x": x}).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 32 * (16 * 35 + 35 * 17)
 
 
 def zeros(*shapes):
@@ -295,6 +321,9 @@ ERRORS = {  # call, arguments, message
     "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
     "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
     "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
+    "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
+    "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),
+    "mlp_bias2": (mlp, zeros((3, 4), (8, 4), 8, (4, 8), 5), "weight2 of shape"),
     "predictor_count": (
         predictor_score,
         (torch.zeros(2, 8), predictor_params(8)[:-1]),

@@ -7,6 +7,7 @@ from quadmamba.kernels.fused.layer_norm import (
     layer_norm,
     layer_norm_ref,
 )
+from quadmamba.kernels.fused.mlp import mlp, mlp_ref
 from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "dwconv_silu_ref",
     "layer_norm",
     "layer_norm_ref",
+    "mlp",
+    "mlp_ref",
     "predictor_score",
     "predictor_score_ref",
 ]

@@ -52,3 +52,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def empty_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty contiguous tensor of the shape of `like`."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product a b in float32; on a GPU the sums of half precision are not rounded to it."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
