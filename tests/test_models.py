@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import QuadMamba, build_model, ss2d
+from quadmamba.models.layers import add
 from quadmamba.models.orders import ORDERS, QuadtreeOrder
 from quadmamba.models.quadtree import quadrant_logits, select_quadrant
 from quadmamba.models.ss2d import QuadSS2D, ScanParameters
@@ -157,6 +158,36 @@ def test_recomputed_blocks_draw_the_same_noise():
         model(torch.randn(4, 3, 64, 64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_drop_path_drops_samples_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    model = tiny(drop_path=rate).train()
+    scales = model._drop_path_scales(4000)
+    assert len(scales) == 6
+    if rate == 0:
+        assert scales == [(None, None)] * 6
+        return
+    for i, pair in enumerate(scales):
+        keep = 1 - rate * i / 5
+        for scale in pair:
+            assert set(scale.unique().tolist()) <= {0.0, pytest.approx(1 / max(keep, 1e-6))}
+            assert scale.count_nonzero() / 4000 == pytest.approx(keep, abs=0.03)
+    assert not torch.equal(*scales[3]), "mixer and MLP are dropped independently"
+    assert model.eval()._drop_path_scales(4) == [(None, None)] * 6
+
+
+def test_a_dropped_sample_passes_a_block_unchanged():
+    model = tiny().eval()
+    x, block = torch.randn(2, 4, 4, 8), model.stages[0][0]
+    scale = torch.tensor([0.0, 2.0])
+    total, branch = block(x, None, (scale, scale))
+    total = add(total, branch)
+    assert torch.equal(total[0], x[0])
+    after_op = x + 2 * block.op(block.norm(x, None)[1])
+    truth = after_op + 2 * block.mlp(block.norm2(after_op, None)[1])
+    torch.testing.assert_close(total[1], truth[1])
 
 
 @pytest.mark.parametrize("order", ORDERS)
