@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quadmamba.kernels.fused import add_layer_norm, dwconv_silu, layer_norm, mlp
+from quadmamba.kernels.fused import add_layer_norm, dwconv_silu, layer_norm, linear, mlp
 
 NORM_EPS = 1e-5
 # What is still to be added to the residual stream: values, and a factor (b) of each sample or None
@@ -62,6 +62,16 @@ def add(x: Tensor, branch: Branch) -> Tensor:
     if scale is None:
         return x + values
     return torch.addcmul(x, values, scale.to(values.dtype).view(-1, 1, 1, 1))
+
+
+class Linear(nn.Linear):
+    """Linear layer without a bias. (..., dim) -> (..., out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight) if is_fused(x) else super().forward(x)
 
 
 class Mlp(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quadmamba.kernels.fused import cast_together
 from quadmamba.models.layers import (
     AddNorm,
     Branch,
@@ -17,6 +19,7 @@ from quadmamba.models.layers import (
     Mlp,
     Stem,
     add,
+    is_fused,
     tag_rest,
 )
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ScanOrder, build_order
@@ -44,6 +47,12 @@ class Block(nn.Module):
         x, normed = self.norm(x, branch)
         x, normed = self.norm2(x, (self.op(normed), scales[0]))
         return x, (self.mlp(normed), scales[1])
+
+    def matrices(self) -> list[Tensor]:
+        """The parameters that a step in half precision wants in half precision."""
+        layers = (self.op.in_proj, self.op.out_proj, self.mlp.fc1, self.mlp.fc2)
+        biases = (self.mlp.fc1.bias, self.mlp.fc2.bias)
+        return [self.op.ssm.x_proj_weight, *(layer.weight for layer in layers), *biases]
 
 
 class QuadMamba(nn.Module):
@@ -126,17 +135,25 @@ class QuadMamba(nn.Module):
         scales = iter(self._drop_path_scales(len(x)))
         x = self.stem(x)  # (b, h, w, c)
         grids = []
-        for i, blocks in enumerate(self.stages):
-            x = self.downsamples[i - 1](x) if i else x
-            branch: Branch | None = None
-            for block in blocks:
-                if self.use_checkpoint and self.training:
-                    x, branch = checkpoint(block, x, branch, next(scales), use_reentrant=False)
-                else:
-                    x, branch = block(x, branch, next(scales))
-            x = x if branch is None else add(x, branch)
-            grids.append(x)
+        with self._casting(x):
+            for i, blocks in enumerate(self.stages):
+                x = self.downsamples[i - 1](x) if i else x
+                branch: Branch | None = None
+                for block in blocks:
+                    if self.use_checkpoint and self.training:
+                        x, branch = checkpoint(block, x, branch, next(scales), use_reentrant=False)
+                    else:
+                        x, branch = block(x, branch, next(scales))
+                x = x if branch is None else add(x, branch)
+                grids.append(x)
         return grids
+
+    def _casting(self, x: Tensor) -> AbstractContextManager[None]:
+        """Casts the matrices of all blocks at once, where the fused ops want them in half."""
+        if not is_fused(x) or torch.compiler.is_compiling():
+            return nullcontext()
+        blocks = (block for stage in self.stages for block in stage)
+        return cast_together([p for block in blocks for p in block.matrices()], x)
 
     def _drop_path_scales(self, batch: int) -> Sequence[Sequence[Tensor | None]]:
         """For mixer and MLP of each block, factors (b): 0 for a dropped sample, else 1 / keep."""

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
-from quadmamba.models import QuadMamba, build_model, layers, quadtree, ss2d
+from quadmamba.models import QuadMamba, build_model, layers, quadmamba, quadtree, ss2d
 from quadmamba.models.orders import ORDERS, QuadtreeOrder
 from quadmamba.models.quadtree import quadrant_logits, select_quadrant
 from quadmamba.models.ss2d import QuadSS2D, ScanParameters
@@ -146,7 +146,7 @@ def test_the_fused_ops_make_the_same_model(order, monkeypatch):
     model, image = tiny(order, drop_path=0.5).train(), torch.randn(4, 3, 40, 48)
     results = []
     for fused in (False, True):
-        for module in (layers, quadtree):
+        for module in (layers, quadmamba, quadtree, ss2d):
             monkeypatch.setattr(module, "is_fused", lambda _x, fused=fused: fused)
         torch.manual_seed(3)
         logits = model(image)

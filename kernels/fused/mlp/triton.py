@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.launch import ceil_div
 
 BLOCK, WARPS = 2048, 4  # elements of a program of the forward pass
@@ -31,7 +32,7 @@ def _normal(x: tl.tensor):
     return tl.where(x < 0, tail, 1.0 - tail), bell
 
 
-@triton.jit
+@jit()
 def _gelu_kernel(x: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
@@ -39,7 +40,7 @@ def _gelu_kernel(x: tl.tensor, out: tl.tensor, size: tl.tensor, BLOCK: tl.conste
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _rows_kernel(
     grad: tl.tensor, hidden: tl.tensor, out: tl.tensor, partial: tl.tensor,
     rows: tl.tensor, n: tl.tensor,

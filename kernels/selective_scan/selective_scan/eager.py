@@ -16,21 +16,24 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 Kernel = Callable[..., Any]
+_Layout = tuple[int | None, ...] | None
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_KNOWN = _PLAIN | {bool, int, float, type(None), torch.dtype}  # nothing that could watch
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 
 
 def unwatched(args: Sequence[Any]) -> bool:
-    """Whether the call is plain: no compiler, tracer, mode or transform, and plain tensors only."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    """Whether the call is plain: no tracer, mode or transform, and plain tensors only."""
+    if torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all(type(arg) in _PLAIN for arg in args if isinstance(arg, Tensor))
+    kinds = set(map(type, args)) - _KNOWN
+    return not any(issubclass(kind, Tensor) for kind in kinds)
 
 
 class EagerOp:
@@ -50,11 +53,14 @@ class EagerOp:
     def differentiate(self, backward: Kernel, setup_context: Kernel) -> None:
         """Backward and setup_context as for `torch.library.register_autograd`.
 
-        In setup_context `ctx.needs_input_grad` has one entry for each tensor of a list.
+        In setup_context `ctx.needs_input_grad` has one entry for each tensor of a list, and then
+        two that do not count.
         """
         self._function = _function_of(self.kernels, backward, setup_context)
 
     def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.op(*args)
         flat = _flatten(args)
         device = flat[0].device.type
         kernel = self.kernels.get(device)
@@ -63,13 +69,13 @@ class EagerOp:
         if self.cast is not None and torch.is_autocast_enabled(device):
             args = self.cast(*args)
             flat = _flatten(args)
-        if not torch.is_grad_enabled() or not any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in flat
-        ):
+        if not torch.is_grad_enabled() or not any(_wants_grad(arg) for arg in flat):
             return kernel(*args)
         if self._function is None:
             return self.op(*args)
-        return self._function.apply(_layout(args), *flat)
+        form: list[_Layout] = []  # of the output
+        output = self._function.apply(*flat, _layout(args), form)
+        return _unflatten(output, form[0]) if form else output
 
 
 class TritonOp(EagerOp):
@@ -119,27 +125,33 @@ def compiled_kernel(overload: Callable[..., Any]) -> Kernel:
     return kernel
 
 
-def _flatten(args: Sequence[Any]) -> list[Any]:
+def _wants_grad(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.requires_grad
+
+
+def _flatten(args: Sequence[Any]) -> Sequence[Any]:
     """The arguments, with lists of tensors taken apart."""
+    if list not in map(type, args):
+        return args
     flat: list[Any] = []
     for arg in args:
-        if type(arg) is list and arg and isinstance(arg[0], Tensor):
-            flat += arg
-        else:
-            flat.append(arg)
+        flat += arg if _is_tensors(arg) else [arg]
     return flat
 
 
-def _layout(args: Sequence[Any]) -> tuple[int | None, ...] | None:
+def _is_tensors(arg: Any) -> bool:
+    return type(arg) is list and bool(arg) and isinstance(arg[0], Tensor)
+
+
+def _layout(args: Sequence[Any]) -> _Layout:
     """Length of each list of tensors and None for other arguments; None where there is no list."""
-    layout = tuple(
-        len(arg) if type(arg) is list and arg and isinstance(arg[0], Tensor) else None
-        for arg in args
-    )
+    if list not in map(type, args):
+        return None
+    layout = tuple(len(arg) if _is_tensors(arg) else None for arg in args)
     return layout if any(layout) else None
 
 
-def _unflatten(flat: Sequence[Any], layout: tuple[int | None, ...] | None) -> tuple[Any, ...]:
+def _unflatten(flat: Sequence[Any], layout: _Layout) -> tuple[Any, ...]:
     """The arguments from which `_flatten` made `flat`."""
     if layout is None:
         return tuple(flat)
@@ -153,26 +165,28 @@ def _function_of(
     """The autograd function of an op."""
 
     class Short(Function):
-        """Calls the kernel of the first tensor's device."""
+        """Calls the kernel of the first tensor's device; lists of tensors are taken apart."""
 
         @staticmethod
-        def forward(ctx: Any, layout: tuple[int | None, ...] | None, *flat: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *flat, layout, form = inputs
             args = _unflatten(flat, layout)
             output = kernels[flat[0].device.type](*args)
             setup_context(ctx, args, output)
             ctx.layout = layout
-            return output
+            ctx.form = _layout(output) if isinstance(output, tuple) else None
+            if ctx.form is None:
+                return output
+            form.append(ctx.form)
+            return tuple(_flatten(output))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            found = gradient(ctx, *grads)
+            found = gradient(ctx, *_unflatten(grads, ctx.form))
             found = found if isinstance(found, tuple) else (found,)
             if ctx.layout is not None:
-                found = tuple(
-                    grad
-                    for n, value in zip(ctx.layout, found)
-                    for grad in (value if n is not None else [value])
-                )
-            return None, *found
+                pairs = zip(ctx.layout, found)
+                found = tuple(g for n, grad in pairs for g in ([grad] if n is None else grad))
+            return *found, None, None
 
     return Short
