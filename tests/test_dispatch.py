@@ -1,6 +1,7 @@
 """The short ways around torch's dispatcher and around Triton's launch take no wrong turn."""
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_lists_of_inputs_and_outputs_have_their_gradients():
 
 @pytest.mark.parametrize("watcher", [Function, Dispatch])
 def test_under_a_mode_the_registered_op_is_called(watcher):
-    op, x = EagerOp(lambda x: "registered", {"cpu": lambda x: "kernel"}), torch.zeros(2)
+    op, x = EagerOp(lambda _: "registered", {"cpu": lambda _: "kernel"}), torch.zeros(2)
     assert op(x) == "kernel"
     with watcher():
         assert op(x) == "registered"
@@ -121,9 +122,11 @@ def test_a_second_launch_calls_the_compiled_kernel(monkeypatch):
             self.name, self.result = name, result
 
         def __getitem__(self, grid):
-            return lambda *args, **constants: (
-                launches.append((self.name, grid, args)) or self.result
-            )
+            return partial(self.launch, grid)
+
+        def launch(self, grid, *args, **_):
+            launches.append((self.name, grid, args))
+            return self.result
 
     compiled = Launches("compiled")
     monkeypatch.setattr(kernel, "jitted", Launches("jit", compiled))

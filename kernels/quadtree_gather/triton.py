@@ -12,7 +12,6 @@ A row with weight 0 is not read, so an image with a one-hot decision costs one r
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
