@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import (
     check_half_or_single,
     compute_dtype,
@@ -45,7 +46,7 @@ def _takes_triton(x: Tensor) -> bool:
     return x.dtype != torch.float32 and x.shape[-1] <= MAX_D
 
 
-@torch.library.custom_op("quadmamba::predictor_score", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::predictor_score")
 def _predictor_score(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
     check_half_or_single("predictor_score", x)
     if not _takes_triton(x):
@@ -65,9 +66,7 @@ def _predictor_score_fake(x: Tensor, params: list[Tensor], eps: float) -> Tensor
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@torch.library.custom_op(
-    "quadmamba::predictor_score_backward", mutates_args=(), device_types="cuda"
-)
+@triton_op("quadmamba::predictor_score_backward")
 def _predictor_score_backward(
     grad: Tensor, x: Tensor, params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
