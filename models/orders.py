@@ -36,13 +36,15 @@ _CACHE = 256  # grids x devices whose maps are kept; those of a 56x56 grid take 
 def _kept(make: Callable[..., T]) -> Callable[..., T]:
     """Keep results of `make`, made outside inference mode: its tensors would spoil later training.
 
-    Nothing is kept of a call under a dispatch mode such as FakeTensorMode, or while compiling.
+    Nothing is kept of a call under a dispatch mode such as FakeTensorMode. In a compiled graph the
+    result is a constant: it is looked up while tracing.
     """
     kept = lru_cache(_CACHE)(torch.inference_mode(False)(make))
 
+    @torch.compiler.assume_constant_result
     @wraps(make)
     def lookup(*key: Hashable) -> T:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if torch._C._len_torch_dispatch_stack():
             return make(*key)
         return kept(*key)
 

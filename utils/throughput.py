@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quadmamba.utils.distributed import World
+from quadmamba.utils.graph_stepper import GraphStepper
+from quadmamba.utils.graphs import GraphedCall
 from quadmamba.utils.stepper import Stepper, autocast
 
 
@@ -28,33 +31,37 @@ def measure(
     """Time inference without gradients, then training steps with all that a step of a run has.
 
     batch: images per rank. The mean of `steps` steps after `warmup` steps, with one wait for the
-    device at the end.
+    device at the end. The forward pass of a `GraphStepper` is a CUDA graph in inference too.
     """
     world = stepper.world
     images = torch.randn(batch, 3, img_size, img_size, device=world.device)
     targets = torch.randint(classes, (batch,), device=world.device)
 
     @torch.no_grad()
-    def infer() -> None:
+    def infer(images: Tensor) -> Tensor:
         with autocast(world.device, stepper.amp):
-            stepper.model(images)
+            return stepper.model(images)
 
     def step() -> None:
         stepper.backward(images, targets, parts=1, last=True)
         stepper.update()
 
     stepper.model.eval()
-    inference, inference_memory = _time(infer, world, warmup, steps)
+    predict = GraphedCall(infer) if isinstance(stepper, GraphStepper) else infer
+    inference, inference_memory = timed(lambda: predict(images), world.device, warmup, steps)
+    del predict  # and the memory of a graph
     stepper.net.train()
-    training, training_memory = _time(step, world, warmup, steps)
+    training, training_memory = timed(step, world.device, warmup, steps)
     rates = torch.tensor([batch / inference, batch / training], dtype=torch.float64)
     inference_rate, training_rate = world.sum(rates.to(world.device)).tolist()
     return Throughput(inference_rate, training_rate, inference_memory, training_memory)
 
 
-def _time(call: Callable[[], None], world: World, warmup: int, steps: int) -> tuple[float, float]:
-    """Seconds of one call, and the peak memory in 10^9 bytes."""
-    on_gpu = world.device.type == "cuda"
+def timed(
+    call: Callable[[], object], device: torch.device, warmup: int, steps: int
+) -> tuple[float, float]:
+    """Seconds of one call, the mean of `steps` after `warmup`; the peak memory in 10^9 bytes."""
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for _ in range(warmup):
