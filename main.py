@@ -40,6 +40,7 @@ from quadmamba.utils.distributed import (
     join,
     world_from_env,
 )
+from quadmamba.utils.graph_stepper import GraphStepper, check_world
 from quadmamba.utils.logging import OutputError, RunLog, make_output
 from quadmamba.utils.metrics import Metrics
 from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale
@@ -60,6 +61,7 @@ FLAGS = (
     ("--resume", "TRAIN.RESUME", str, "checkpoint of a run to continue"),
     ("--epochs", "TRAIN.EPOCHS", int, "passes over the training set"),
     ("--seed", "TRAIN.SEED", int, "seed of every random generator"),
+    ("--compile", "TRAIN.COMPILE", str, "off or graph: a step as a CUDA graph"),
     ("--device", "DEVICE", str, "auto, cpu or cuda"),
 )
 # Keys of the model that change what it computes but not the shapes of its weights
@@ -215,7 +217,12 @@ def build_stepper(
     recipe = cfg.TRAIN
     optimizer = build_optimizer(cfg, model, world_size=world.size)
     schedule = build_scheduler(cfg, optimizer, updates, world_size=world.size) if updates else None
-    return Stepper(
+    kind = Stepper
+    if recipe.COMPILE == "graph":
+        with world.together(DeviceError):
+            check_world(world)
+        kind = GraphStepper
+    return kind(
         model,
         optimizer,
         build_criterion(mixed, recipe.LABEL_SMOOTHING),

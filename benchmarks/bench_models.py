@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadmamba.configs import load_cfg
-from quadmamba.models import QuadMamba, build_model
+from quadmamba.models import build_model
 from quadmamba.utils.graphs import GraphedBackward, GraphedCall
 from quadmamba.utils.stepper import autocast
 from quadmamba.utils.throughput import timed
@@ -237,7 +237,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = [OURS[0], *list(PEERS)[:3], *OURS[1:], *list(PEERS)[3:]]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--modes", nargs="+", choices=("eager", "graph"), default=["eager", "graph"])
+    parser.add_argument(
+        "--modes", nargs="+", choices=("eager", "graph"), default=["eager", "graph"]
+    )
     phases = ("inference", "training")
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     parser.add_argument("--size", type=int, default=224, help="side of the images of all models")

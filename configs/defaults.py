@@ -122,6 +122,8 @@ _C.TRAIN.AMP = "fp16"
 _C.TRAIN.EMA = True
 # Decay of the average per optimizer step
 _C.TRAIN.EMA_DECAY = 0.9999
+# off | graph: forward and backward as one CUDA graph (one process with a GPU)
+_C.TRAIN.COMPILE = "off"
 # Epochs between two checkpoints
 _C.TRAIN.SAVE_EVERY = 1
 # Epochs between two validations

@@ -20,6 +20,7 @@ _CHOICES = {
     "DATA.ON_ERROR": ("raise", "skip"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "TRAIN.COMPILE": ("off", "graph"),
     "AUG.REMODE": ("pixel", "rand", "const"),
 }
 _POSITIVE = (

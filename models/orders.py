@@ -42,11 +42,12 @@ def _kept(make: Callable[..., T]) -> Callable[..., T]:
     kept = lru_cache(_CACHE)(torch.inference_mode(False)(make))
 
     @torch.compiler.assume_constant_result
+    def boxed(*key: Hashable) -> tuple[T]:  # a tensor that is a constant by itself has no shape
+        return ((make if torch._C._len_torch_dispatch_stack() else kept)(*key),)
+
     @wraps(make)
     def lookup(*key: Hashable) -> T:
-        if torch._C._len_torch_dispatch_stack():
-            return make(*key)
-        return kept(*key)
+        return boxed(*key)[0]
 
     return lookup
 

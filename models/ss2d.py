@@ -10,6 +10,7 @@ an index table and a direction.
 from __future__ import annotations
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +127,8 @@ class SS2D(nn.Module):
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
-        tables = self.order.tables(int(x.shape[1]), int(x.shape[2]), x.device)
+        # a compiled graph is for one size: index() makes the sides constants of it
+        tables = self.order.tables(operator.index(x.shape[1]), operator.index(x.shape[2]), x.device)
         select = cross_routes(x.device)
         x = x.flatten(1, 2)  # (b, l, d)
         return self.ssm.scan(x, self.ssm.project(x), tables, select, self.reverse)
@@ -169,13 +171,13 @@ class QuadSS2D(SS2D):
 
     def decide(self, score: Tensor) -> Tensor:
         """The selected quadrant, one-hot (b, 4), from the scores (b, h, w) of the tokens."""
-        h, w = (int(side) for side in score.shape[1:])
+        h, w = (operator.index(side) for side in score.shape[1:])
         maps = self.order.maps(h, w, self.shift(h, w), score.device)
         return select_quadrant(quadrant_logits(score, maps), self.tau, self.training)
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
-        h, w = (int(side) for side in x.shape[1:3])
+        h, w = (operator.index(side) for side in x.shape[1:3])
         maps = self.order.maps(h, w, self.shift(h, w), x.device)
         decision = self.decide(self.predictor(x))
         x = x.flatten(1, 2)  # (b, l, d)

@@ -45,7 +45,9 @@ def test_a_failure_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsys):
     assert "failed: RuntimeError: no room" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [["--models", "resnet"], ["--growth", "3x4x5"], ["--modes", "graph"]])
+@pytest.mark.parametrize(
+    "words", [["--models", "resnet"], ["--growth", "3x4x5"], ["--modes", "graph"]]
+)
 def test_wrong_words_are_errors(words):
     with pytest.raises(SystemExit) as error:
         bench_models.main(["--device", "cpu", "--modes", "eager", *words])

@@ -10,6 +10,16 @@ from quadmamba.utils.graphs import GraphedBackward
 from quadmamba.utils.stepper import Stepper
 
 
+def check_world(world: World) -> None:
+    """Raise DeviceError where a step cannot be one graph."""
+    if world.launched or world.device.type != "cuda":
+        raise DeviceError(
+            "TRAIN.COMPILE graph: expected one process with a GPU and no launcher, got "
+            f"{world.size} on {world.device.type}{' from a launcher' * world.launched}; "
+            "TRAIN.COMPILE off runs everywhere"
+        )
+
+
 class GraphStepper(Stepper):
     """A `Stepper` that records the passes of a batch as a CUDA graph and replays them.
 
@@ -26,12 +36,7 @@ class GraphStepper(Stepper):
         world: World,
         **settings: object,
     ) -> None:
-        if world.launched or world.device.type != "cuda":
-            raise DeviceError(
-                "TRAIN.COMPILE graph: expected one process with a GPU and no launcher, got "
-                f"{world.size} on {world.device.type}{' from a launcher' * world.launched}; "
-                "TRAIN.COMPILE off runs everywhere"
-            )
+        check_world(world)
         super().__init__(model, optimizer, criterion, world=world, **settings)
         self._graphed: dict[int, GraphedBackward] = {}  # by the number of parts
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quadmamba.utils.distributed import World
 from quadmamba.utils.graph_stepper import GraphStepper
 from quadmamba.utils.graphs import GraphedCall
 from quadmamba.utils.stepper import Stepper, autocast
@@ -47,9 +47,9 @@ def measure(
         stepper.update()
 
     stepper.model.eval()
-    predict = GraphedCall(infer) if isinstance(stepper, GraphStepper) else infer
-    inference, inference_memory = timed(lambda: predict(images), world.device, warmup, steps)
-    del predict  # and the memory of a graph
+    call = partial(GraphedCall(infer) if isinstance(stepper, GraphStepper) else infer, images)
+    inference, inference_memory = timed(call, world.device, warmup, steps)
+    del call  # and the memory of a graph
     stepper.net.train()
     training, training_memory = timed(step, world.device, warmup, steps)
     rates = torch.tensor([batch / inference, batch / training], dtype=torch.float64)
