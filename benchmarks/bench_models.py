@@ -17,15 +17,16 @@ import gc
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from triton.errors import TritonError
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import build_model
@@ -141,7 +142,7 @@ def measure(case: Case, args: argparse.Namespace) -> Iterator[Row]:
             at = {**row, "mode": mode, "phase": phase}
             try:
                 seconds, memory = trial.time(phase, mode, args.warmup, args.steps)
-            except RuntimeError as error:  # memory, or a model that cannot be recorded
+            except (RuntimeError, TritonError) as error:  # memory, or what cannot be recorded
                 yield {**at, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
                 continue
             finally:
@@ -212,6 +213,22 @@ COLUMNS = [
 ]
 
 
+def growth(rows: Sequence[Row]) -> list[str]:
+    """How far time and memory per token of GROWN lie apart over its sizes, a line a mode."""
+    lines = []
+    for mode, phase in dict.fromkeys((row["mode"], row["phase"]) for row in rows):
+        own = [r for r in rows if (r["model"], r["mode"], r["phase"]) == (GROWN, mode, phase)]
+        own = [row for row in own if "error" not in row]
+        parts = []
+        for key in ("ns_per_token", "bytes_per_token"):
+            values = [cast(float, row[key]) for row in own]
+            if len(values) > 1 and min(values) > 0:
+                parts.append(f"{key} +{100 * (max(values) / min(values) - 1):.1f} %")
+        if parts:
+            lines.append(f"{GROWN} {mode} {phase} over {len(own)} sizes: {', '.join(parts)}")
+    return lines
+
+
 def run(args: argparse.Namespace, command: str, file: TextIO | None) -> bool:
     """Print and write the rows; whether all could be measured."""
     common = {key: getattr(args, key) for key in ("amp", "warmup", "steps")}
@@ -220,16 +237,17 @@ def run(args: argparse.Namespace, command: str, file: TextIO | None) -> bool:
     writer = csv.DictWriter(file, COLUMNS) if file else None
     if writer:
         writer.writeheader()
-    good = True
+    rows: list[Row] = []
     for case in cases(args):
         for row in measure(case, args):
             print(show(row), flush=True)
-            good &= "error" not in row
+            rows.append(row)
             if file and writer:
                 writer.writerow({**common, **row})
                 file.flush()
         free()
-    return good
+    print(*growth(rows), sep="\n", flush=True)
+    return all("error" not in row for row in rows)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -35,8 +35,8 @@ from quadmamba.utils.engine import seed_step
 VARIANTS = {
     "fp32": ("off", "off"),
     "fp16": ("fp16", "off"),
-    "bf16": ("bf16", "off"),
     "graph": ("fp16", "graph"),
+    "bf16": ("bf16", "off"),
 }
 COLORS = {"fp32": "black", "fp16": "crimson", "bf16": "royalblue", "graph": "darkorange"}
 SMOOTH = 5  # steps in a mean where curves are compared and drawn

@@ -45,6 +45,18 @@ def test_a_failure_is_a_row_and_not_the_end(tmp_path, monkeypatch, capsys):
     assert "failed: RuntimeError: no room" in capsys.readouterr().out
 
 
+def test_growth_is_the_largest_over_the_smallest_of_each_phase():
+    def row(ns, phase="training", **more):
+        at = {"model": bench_models.GROWN, "mode": "graph", "phase": phase}
+        return {**at, "ns_per_token": ns, "bytes_per_token": 2 * ns * ns, **more}
+
+    rows = [row(10.0), row(11.0), row(50.0, model="resnet50"), row(4.0, "inference")]
+    failed = {"model": bench_models.GROWN, "mode": "graph", "phase": "training", "error": "no room"}
+    assert bench_models.growth([*rows, failed]) == [
+        "quadmamba_small graph training over 2 sizes: ns_per_token +10.0 %, bytes_per_token +21.0 %"
+    ]
+
+
 @pytest.mark.parametrize(
     "words", [["--models", "resnet"], ["--growth", "3x4x5"], ["--modes", "graph"]]
 )
