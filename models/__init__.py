@@ -22,7 +22,11 @@ def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
         mlp_ratio=model.MLP_RATIO,
         drop_path=model.DROP_PATH,
         window=model.WINDOW,
+        partition=model.PARTITION,
+        selection=model.SELECTION,
         shift=model.SHIFT,
+        shift_directions=model.SHIFT_DIRECTIONS,
         tau=model.TAU,
+        gumbel=model.GUMBEL,
         use_checkpoint=model.USE_CHECKPOINT,
     )

@@ -100,8 +100,9 @@ class SoftSurrogate:
     def __init__(self):
         self.offsets, self.call, self.record = [], 0, True
 
-    def __call__(self, logits, tau, training):
+    def __call__(self, logits, tau, training, gumbel):
         assert training
+        assert gumbel
         gumbel = -torch.empty_like(logits).exponential_().log()
         soft = ((logits + gumbel) / tau).softmax(-1)
         if self.record:
