@@ -132,9 +132,7 @@ class QuadMamba(nn.Module):
         return f"num_classes={self.num_classes}, use_checkpoint={self.use_checkpoint}"
 
 
-def _build_mixer(
-    dim: int, order: ScanOrder, mixer: dict[str, Any], quad: dict[str, Any]
-) -> SS2D:
+def _build_mixer(dim: int, order: ScanOrder, mixer: dict[str, Any], quad: dict[str, Any]) -> SS2D:
     if isinstance(order, QuadtreeOrder):
         return QuadSS2D(dim, order=order, **mixer, **quad)
     return SS2D(dim, order=order, **mixer)

@@ -86,8 +86,8 @@ def write_plain(out: Path) -> None:
             _save(Image.fromarray(image), out / _name(part, label, index))
 
 
-def write_cluttered(out: Path, size: int, seed: int, train: int | None) -> None:
-    """Write cluttered digits, one canvas for each (or `train` canvases), and positions.csv.
+def write_cluttered(out: Path, size: int, seed: int, counts: dict[str, int | None]) -> None:
+    """Write cluttered digits, counts[part] canvases or one for each digit, and positions.csv.
 
     Canvas i shows digit i modulo their number, and depends on (seed, part, i) alone.
     """
@@ -95,8 +95,7 @@ def write_cluttered(out: Path, size: int, seed: int, train: int | None) -> None:
         writer = csv.writer(file)
         writer.writerow(["file", "center_y", "center_x", "side", "size"])
         for number, (part, (images, labels)) in enumerate(load_split().items()):
-            count = train if part == "train" and train else len(images)
-            for i in range(count):
+            for i in range(counts[part] or len(images)):
                 rng = np.random.default_rng((seed, number, i))
                 canvas, (top, left, side) = clutter(images, i % len(images), size, rng)
                 name = _name(part, labels[i % len(images)], i)
@@ -122,13 +121,17 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side of a cluttered canvas (default 112)")
     parser.add_argument("--seed", type=int, help="seed of the clutter (default 0)")
     parser.add_argument("--train", type=int, metavar="N", help="cluttered training images")
+    parser.add_argument("--val", type=int, metavar="N", help="cluttered validation images")
     args = parser.parse_args(argv)
-    if not args.cluttered and (args.size, args.seed, args.train) != (None, None, None):
-        parser.error("--size, --seed and --train go with --cluttered")
+    if not args.cluttered and any(
+        value is not None for value in (args.size, args.seed, args.train, args.val)
+    ):
+        parser.error("--size, --seed, --train and --val go with --cluttered")
     args.size = 112 if args.size is None else args.size
     args.seed = 0 if args.seed is None else args.seed
-    if args.size < 32 or args.seed < 0 or (args.train is not None and args.train < 10):
-        parser.error("expected --size 32 or more, --seed 0 or more and --train 10 or more")
+    counts = [n for n in (args.train, args.val) if n is not None]
+    if args.size < 32 or args.seed < 0 or min(counts, default=10) < 10:
+        parser.error("expected --size 32 or more, --seed 0 or more, --train and --val 10 or more")
     return args
 
 
@@ -153,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     part.chmod(0o755)
     if args.cluttered:
-        write_cluttered(part, args.size, args.seed, args.train)
+        write_cluttered(part, args.size, args.seed, {"train": args.train, "val": args.val})
     else:
         write_plain(part)
     (part / marker.name).write_text(json.dumps(done) + "\n")

@@ -22,7 +22,8 @@ from quadmamba.data import DataError, build_transforms, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
 from quadmamba.utils.distributed import DeviceError, World, choose_device
-from quadmamba.utils.visualize import partition_images, quad_blocks
+from quadmamba.utils.views import quad_blocks
+from quadmamba.utils.visualize import partition_images
 
 _CAPTION = 16  # height of the line of captions, in pixels
 
