@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quadmamba.models.quadmamba import QuadMamba
+from quadmamba.models.release import ReleaseError, from_release, to_release
 
-__all__ = ["QuadMamba", "build_model"]
+__all__ = ["QuadMamba", "ReleaseError", "build_model", "from_release", "to_release"]
 
 
 def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
