@@ -118,7 +118,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
         common += ["TRAIN.EPOCHS", str(args.epochs)]
     jobs = []
     for seed in range(args.seeds):
-        for row, keys in TABLES[args.table].items():
+        for row in args.rows or TABLES[args.table]:
+            keys = TABLES[args.table][row]
             words = [w for key, value in keys.items() for w in (f"MODEL.{key}", json.dumps(value))]
             name = f"{row.replace(' ', '_').replace(',', '')}-{seed}"
             folder = args.output / args.table / name
@@ -289,11 +290,16 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="cluttered digits")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--cfg", type=Path, default=CONFIG, metavar="YAML", help="model and recipe")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the table")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training set")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys")
     args = parser.parse_args(argv)
+    unknown = [row for row in args.rows or () if row not in TABLES[args.table]]
+    if unknown:
+        rows = ", ".join(TABLES[args.table])
+        parser.error(f"--rows: expected some of {rows}, got {unknown[0]}")
     if args.seeds < 1 or args.jobs < 1:
         parser.error("expected --seeds and --jobs of 1 or more")
     return args
