@@ -1,8 +1,8 @@
-"""What the quad blocks do with images: the score of each token and the partition they choose."""
+"""What a model does with images: scores and partitions of quad blocks, scan paths, gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quadmamba.models.orders import window_index
-from quadmamba.models.ss2d import QuadSS2D
+from quadmamba.models.ss2d import SS2D, QuadSS2D
 
 
 @dataclass(frozen=True)
@@ -28,31 +28,81 @@ class BlockView:
     selected: Tensor
 
 
+def mixers(model: nn.Module) -> dict[str, SS2D]:
+    """The token mixers by name, in the order of the forward pass."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SS2D):
+            stage, block = (int(part) + 1 for part in path.split(".")[-3:-1])  # stages.0.1.op
+            shifted = isinstance(module, QuadSS2D) and module.sign
+            found[f"stage {stage} block {block}{', shifted' if shifted else ''}"] = module
+    return found
+
+
 def quad_blocks(model: nn.Module) -> dict[str, QuadSS2D]:
     """The token mixers that choose a partition, by name, in the order of the forward pass."""
-    blocks = {}
-    for path, module in model.named_modules():
-        if isinstance(module, QuadSS2D):
-            stage, block = (int(part) + 1 for part in path.split(".")[-3:-1])  # stages.0.1.op
-            blocks[f"stage {stage} block {block}{', shifted' if module.sign else ''}"] = module
-    return blocks
+    return {name: op for name, op in mixers(model).items() if isinstance(op, QuadSS2D)}
 
 
 @torch.no_grad()
 def block_views(model: nn.Module, images: Tensor) -> list[BlockView]:
     """What each quad block does with images (b, 3, H, W) in eval mode; the modes are restored."""
-    blocks, tokens = quad_blocks(model), {}
+    blocks = quad_blocks(model)
+    with eval_mode(model):
+        tokens = _scanned(model, blocks, images)
+        return [_view(name, op, tokens[name]) for name, op in blocks.items()]
+
+
+@torch.no_grad()
+def scan_positions(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Position (b, h, w) of each token in the first route of each mixer, in eval mode, by name.
+
+    In the `release` order two tokens may share a position.
+    """
+    ops, positions = mixers(model), {}
+    with eval_mode(model):
+        for name, x in _scanned(model, ops, images).items():
+            op, h, w = ops[name], int(x.shape[1]), int(x.shape[2])
+            if isinstance(op, QuadSS2D):
+                maps = op.order.maps(h, w, op.shift(h, w), x.device)
+                _, selected = window_map(op, op.select(x), h, w)
+                found = torch.where(selected.flatten(1), maps.fine, maps.coarse)  # (b, l)
+            else:
+                table = op.order.tables(h, w, x.device)[0].long()
+                found = table.argsort().expand(len(x), -1)
+            positions[name] = found.long().view(-1, h, w)
+    return positions
+
+
+def receptive_fields(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """How much each pixel moves the centre of each stage's map: (H, W), for the batch as a whole.
+
+    The mean over images (b, 3, H, W) of the absolute gradient of the sum of the features at the
+    centre, summed over colours (the effective receptive field of Luo et al., 2016), in eval mode.
+    """
+    images = images.detach().requires_grad_()
+    fields = []
+    with eval_mode(model), torch.enable_grad():
+        for grid in model.forward_features(images):
+            centre = grid[:, :, grid.shape[2] // 2, grid.shape[3] // 2].sum()
+            (gradient,) = torch.autograd.grad(centre, images, retain_graph=True)
+            fields.append(gradient.abs().sum(1).mean(0))
+    return fields
+
+
+def _scanned(model: nn.Module, ops: Mapping[str, SS2D], images: Tensor) -> dict[str, Tensor]:
+    """The tokens (b, h, w, d) that each of `ops` scans in a forward pass."""
+    tokens: dict[str, Tensor] = {}
     hooks = [
         op.conv.register_forward_hook(lambda *call, name=name: tokens.update({name: call[2]}))
-        for name, op in blocks.items()
+        for name, op in ops.items()
     ]
     try:
-        with eval_mode(model):
-            model(images)
-            return [_view(name, op, tokens[name]) for name, op in blocks.items()]
+        model(images)
     finally:
         for hook in hooks:
             hook.remove()
+    return tokens
 
 
 def _view(name: str, op: QuadSS2D, x: Tensor) -> BlockView:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -29,20 +31,37 @@ def partition_images(model: nn.Module, images: Tensor) -> Tensor:
     (highest). Lower row: partition, the selected quadrant bright and cut in four. Images smaller
     than 160 pixels are enlarged. A model without quad blocks gives the images alone.
     """
-    views = block_views(model, images)
+    views, base = block_views(model, images), photo(images)
+    if not views:
+        return base.cpu()
+    upper = [base] + [_score_panel(base, view.score) for view in views]
+    lower = [base] + [_partition_panel(base, view) for view in views]
+    return torch.cat([side_by_side(upper), side_by_side(lower)], 2).cpu()
+
+
+def photo(images: Tensor, least: int = _MIN_SIDE) -> Tensor:
+    """Normalised images (b, 3, H, W) in [0, 1], enlarged by a whole factor to `least` pixels."""
     mean, std = (
         torch.tensor(v, device=images.device).view(3, 1, 1)
         for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     )
     base = (images.float() * std + mean).clamp(0, 1)
-    factor = -(-_MIN_SIDE // min(base.shape[2:]))
-    base = base.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    if not views:
-        return base.cpu()
-    upper = [base] + [_score_panel(base, view.score) for view in views]
-    lower = [base] + [_partition_panel(base, view) for view in views]
-    rows = [torch.cat([F.pad(panel, [GAP] * 4) for panel in row], 3) for row in (upper, lower)]
-    return torch.cat(rows, 2).cpu()
+    factor = -(-least // min(base.shape[2:]))
+    return base.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def side_by_side(panels: Sequence[Tensor]) -> Tensor:
+    """Panels (b, 3, H, W) in a row, each in a black frame of GAP pixels."""
+    return torch.cat([F.pad(panel, [GAP] * 4) for panel in panels], 3)
+
+
+def heat(level: Tensor) -> Tensor:
+    """Colours (b, 3, h, w) of levels (b, h, w) from 0 (dark) to 1 (light)."""
+    level = level * (len(_HEAT) - 1)
+    colours = torch.tensor(_HEAT, device=level.device)
+    step = level.long().clamp(max=len(_HEAT) - 2)
+    part = (level - step).float()[..., None]
+    return (colours[step] * (1 - part) + colours[step + 1] * part).permute(0, 3, 1, 2)
 
 
 def _score_panel(base: Tensor, score: Tensor | None) -> Tensor:
@@ -50,11 +69,7 @@ def _score_panel(base: Tensor, score: Tensor | None) -> Tensor:
     if score is None:
         return base.mean(1, keepdim=True).expand_as(base)
     low, high = score.amin((1, 2), keepdim=True), score.amax((1, 2), keepdim=True)
-    level = ((score - low) / (high - low)).nan_to_num(0) * (len(_HEAT) - 1)
-    heat = torch.tensor(_HEAT, device=base.device, dtype=base.dtype)
-    step = level.long().clamp(max=len(_HEAT) - 2)
-    part = (level - step).to(base.dtype)[..., None]
-    colour = (heat[step] * (1 - part) + heat[step + 1] * part).permute(0, 3, 1, 2)  # (b, 3, h, w)
+    colour = heat(((score - low) / (high - low)).nan_to_num(0))
     return 0.35 * base.mean(1, keepdim=True) + 0.65 * F.interpolate(colour, base.shape[2:])
 
 
