@@ -66,7 +66,7 @@ def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = T
 
 def first_quadrant(batch: int, device: torch.device) -> Tensor:
     """One-hot (b, 4): the top left quadrant of every image."""
-    return torch.eye(4, device=device)[:1].expand(batch, 4)
+    return torch.eye(4, device=device)[:1].repeat(batch, 1)
 
 
 def random_quadrant(batch: int, device: torch.device, seed: int, training: bool) -> Tensor:

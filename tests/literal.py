@@ -10,60 +10,69 @@ import torch.nn.functional as F
 SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
 
+class OfficialState(dict):
+    """Random tensors in float32, added under official names."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def tensor(self, name, *shape, at=0.0, by=None):
+        by = by or 0.8 * (shape[-1] if len(shape) > 1 else 25) ** -0.5
+        self[name] = at + by * torch.randn(*shape, generator=self.generator)
+
+    def norm(self, name, size):
+        self.tensor(f"{name}.weight", size, at=1.0)
+        self.tensor(f"{name}.bias", size)
+
+    def linear(self, name, wide, size):
+        self.tensor(f"{name}.weight", wide, size)
+        self.tensor(f"{name}.bias", wide)
+
+    def filters(self, name, wide, size):
+        self.tensor(f"{name}.weight", wide, size, 3, 3, by=(9 * size) ** -0.5)
+        self.tensor(f"{name}.bias", wide)
+
+    def mixer(self, op, c, d, n, quad):
+        r, k = -(-c // 16), 2 if quad else 4
+        self.tensor(f"{op}.in_proj.weight", d, c)
+        self.tensor(f"{op}.conv2d.weight", d, 1, 3, 3, by=0.4)
+        self.tensor(f"{op}.x_proj_weight", k, r + 2 * n, d)
+        self.tensor(f"{op}.dt_projs_weight", k, d, r, by=0.7)
+        self.tensor(f"{op}.dt_projs_bias", k, d, at=-3.0)
+        self.tensor(f"{op}.A_logs", k * d, n, by=0.5)
+        self.tensor(f"{op}.Ds", k * d, at=1.0)
+        self.norm(f"{op}.out_norm", d)
+        self.tensor(f"{op}.out_proj.weight", c, d)
+        if quad:
+            self.norm(f"{op}.score_predictor.in_conv.0", d)
+            self.linear(f"{op}.score_predictor.in_conv.1", d, d)
+            self.linear(f"{op}.score_predictor.out_conv.0", d // 2, d)
+            self.linear(f"{op}.score_predictor.out_conv.2", d // 4, d // 2)
+            self.linear(f"{op}.score_predictor.out_conv.4", 2, d // 4)
+
+
 def official_state(dims, depths, quad, ratio, n, mlp_ratio, classes, seed=0):
     """Random tensors in float32 under the official names. quad: which stages have a predictor."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-
-    def add(name, *shape, at=0.0, by=None):
-        by = by or 0.8 * (shape[-1] if len(shape) > 1 else 25) ** -0.5
-        state[name] = at + by * torch.randn(*shape, generator=generator)
-
-    def norm(name, size):
-        add(f"{name}.weight", size, at=1.0)
-        add(f"{name}.bias", size)
-
-    def linear(name, wide, size):
-        add(f"{name}.weight", wide, size)
-        add(f"{name}.bias", wide)
-
-    def filters(name, wide, size):
-        add(f"{name}.weight", wide, size, 3, 3, by=(9 * size) ** -0.5)
-        add(f"{name}.bias", wide)
-
-    filters("patch_embed.0", dims[0] // 2, 3)
-    norm("patch_embed.2", dims[0] // 2)
-    filters("patch_embed.5", dims[0], dims[0] // 2)
-    norm("patch_embed.7", dims[0])
+    state = OfficialState(seed)
+    state.filters("patch_embed.0", dims[0] // 2, 3)
+    state.norm("patch_embed.2", dims[0] // 2)
+    state.filters("patch_embed.5", dims[0], dims[0] // 2)
+    state.norm("patch_embed.7", dims[0])
     for i, c in enumerate(dims):
-        d, r, k = int(ratio * c), -(-c // 16), 2 if quad[i] else 4
         for j in range(depths[i]):
             at = f"layers.{i}.blocks.{j}"
-            norm(f"{at}.norm", c)
-            add(f"{at}.op.in_proj.weight", d, c)
-            add(f"{at}.op.conv2d.weight", d, 1, 3, 3, by=0.4)
-            add(f"{at}.op.x_proj_weight", k, r + 2 * n, d)
-            add(f"{at}.op.dt_projs_weight", k, d, r, by=0.7)
-            add(f"{at}.op.dt_projs_bias", k, d, at=-3.0)
-            add(f"{at}.op.A_logs", k * d, n, by=0.5)
-            add(f"{at}.op.Ds", k * d, at=1.0)
-            norm(f"{at}.op.out_norm", d)
-            add(f"{at}.op.out_proj.weight", c, d)
-            if quad[i]:
-                norm(f"{at}.op.score_predictor.in_conv.0", d)
-                linear(f"{at}.op.score_predictor.in_conv.1", d, d)
-                linear(f"{at}.op.score_predictor.out_conv.0", d // 2, d)
-                linear(f"{at}.op.score_predictor.out_conv.2", d // 4, d // 2)
-                linear(f"{at}.op.score_predictor.out_conv.4", 2, d // 4)
-            norm(f"{at}.norm2", c)
-            linear(f"{at}.mlp.fc1", int(mlp_ratio * c), c)
-            linear(f"{at}.mlp.fc2", c, int(mlp_ratio * c))
+            state.norm(f"{at}.norm", c)
+            state.mixer(f"{at}.op", c, int(ratio * c), n, quad[i])
+            state.norm(f"{at}.norm2", c)
+            state.linear(f"{at}.mlp.fc1", int(mlp_ratio * c), c)
+            state.linear(f"{at}.mlp.fc2", c, int(mlp_ratio * c))
         if i < 3:
-            filters(f"layers.{i}.downsample.1", dims[i + 1], c)
-            norm(f"layers.{i}.downsample.3", dims[i + 1])
-    norm("classifier.norm", dims[-1])
-    linear("classifier.head", classes, dims[-1])
-    return state
+            state.filters(f"layers.{i}.downsample.1", dims[i + 1], c)
+            state.norm(f"layers.{i}.downsample.3", dims[i + 1])
+    state.norm("classifier.norm", dims[-1])
+    state.linear("classifier.head", classes, dims[-1])
+    return dict(state)
 
 
 def literal_logits(w, images, training):
