@@ -114,13 +114,13 @@ def test_rates_count_where_the_selected_quadrant_holds_the_point():
     torch.manual_seed(0)
     model = QuadMamba([8] * 4, depths=[2, 1, 1, 1], orders=["quadtree"] + ["raster"] * 3)
     blocks = quad_blocks(model)
-    for op, quadrant in zip(blocks.values(), (3, 0)):
+    for op, quadrant in zip(blocks.values(), (1, 0)):
         choose(op, torch.eye(4)[quadrant])
     points = torch.tensor([[0.9, 0.9], [0.9, 0.6], [0.2, 0.2], [0.05, 0.9], [0.98, 0.98]])
     rates = centre_rates(model, zip(torch.randn(5, 3, 32, 32).split(3), points.split(3)))
     assert list(rates) == list(blocks)
     plain, shifted = rates.values()
-    assert plain == {"rate": 0.6, "constant": 0.6, "chance": 0.25}
+    assert plain == {"rate": 0.2, "constant": 0.6, "chance": 0.25}
     # Rolled by a token, quadrant 0 holds rows and columns 7, 0, 1, 2: all points but the second
     assert shifted["rate"] == pytest.approx(0.8)
 

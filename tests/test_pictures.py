@@ -56,6 +56,14 @@ def test_positions_are_those_of_the_scan():
     assert len(collided.unique()) == 14, "an eighth of the positions is empty"
     assert positions["stage 3 block 1"][0].tolist() == [[0, 1], [2, 3]]
     assert positions["stage 4 block 1"].shape == (2, 1, 1)
+    model = build(orders=("window",) + ("raster",) * 3, window=3)
+    position = scan_positions(model, torch.zeros(1, 3, 16, 20))["stage 1 block 1"][0]
+    assert position.tolist() == [
+        [0, 1, 2, 9, 10],
+        [3, 4, 5, 11, 12],
+        [6, 7, 8, 13, 14],
+        [15, 16, 17, 18, 19],
+    ]
 
 
 # --------------------------------------------------------------------------------------- fields
@@ -121,6 +129,7 @@ def test_a_path_joins_the_tokens_in_their_order():
     assert last[2] < 0.4
     middle = panel[:, 12, 6]  # between tokens 0 and 8, which are no neighbours in the scan
     assert middle[2] < 0.6
+    torch.testing.assert_close(panel[:, 12, 48], torch.full((3,), 150 / 255), rtol=0, atol=0.01)
 
 
 def test_the_path_of_each_image_follows_its_quadrant():
