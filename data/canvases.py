@@ -49,7 +49,7 @@ class CanvasLoader:
 
     def __init__(self, canvases: Canvases, batch: int, *, shuffle: bool, seed: int = 0) -> None:
         self.canvases, self.batch, self.shuffle, self.seed = canvases, batch, shuffle, seed
-        self.epoch = 0
+        self.epoch = self.seen = 0
         size = canvases.images.shape[-1]
         self.margin = size // _MOVE if shuffle else 0
         self.padded = F.pad(canvases.images, [self.margin] * 4)
@@ -64,12 +64,12 @@ class CanvasLoader:
         """Where the engine announces an epoch: here."""
         return self
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the moves of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Choose the order and the moves of the next pass, which leaves out its first `seen`."""
+        self.epoch, self.seen = epoch, seen
 
     def __len__(self) -> int:
-        count = len(self.canvases.targets)
+        count = len(self.canvases.targets) - self.seen
         return count // self.batch if self.shuffle else -(-count // self.batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ class CanvasLoader:
             generator = torch.Generator().manual_seed(self.seed * 2**20 + self.epoch)
             order = torch.randperm(len(targets), generator=generator)
             moves = torch.randint(2 * self.margin + 1, moves.shape, generator=generator)
-        order, moves = order.to(targets.device), moves.to(targets.device)
+        order, moves = (t[self.seen :].to(targets.device) for t in (order, moves))
         for first in range(0, len(self) * self.batch, self.batch):
             chosen = order[first : first + self.batch]
             yield self._images(chosen, moves[first : first + self.batch]), targets[chosen]

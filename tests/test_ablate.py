@@ -71,15 +71,16 @@ def test_validation_batches_are_the_normalised_canvases_in_order(digits):
 def test_training_batches_move_and_depend_on_seed_and_epoch_alone(digits):
     canvases = read_canvases(digits, "train")
 
-    def epoch(number, seed=0):
+    def epoch(number, seed=0, seen=0):
         loader = CanvasLoader(canvases, 8, shuffle=True, seed=seed)
-        loader.sampler.set_epoch(number)
+        loader.sampler.set_epoch(number, seen)
         batches = list(loader)
-        assert len(batches) == len(loader) == 2, "the last 4 of 20 are left out"
+        assert len(batches) == len(loader) == 2 - seen // 8, "the last 4 of 20 are left out"
         return [torch.cat(parts) for parts in zip(*batches)]
 
     first = epoch(0)
     assert torch.equal(first[0], epoch(0)[0])
+    assert torch.equal(first[0][8:], epoch(0, seen=8)[0])
     for other in (epoch(1), epoch(0, seed=1)):
         assert not torch.equal(first[1], other[1])
     places = {}
