@@ -84,7 +84,11 @@ def import_file(source: Path, target: Path, ema: bool) -> list[Path]:
     if model.in_chans != 3:
         raise ReleaseError(f"{source}: expected 3 input channels, got {model.in_chans}")
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    lines = yaml.safe_dump({"MODEL": describe(to_release(model), target.stem)}, sort_keys=False)
+    lines = yaml.safe_dump(
+        {"MODEL": describe(to_release(model), target.stem)},
+        sort_keys=False,
+        default_flow_style=None,
+    )
     paths = [target, target.with_suffix(".yaml")]
     try:
         safetensors.torch.save_file(state, target)
