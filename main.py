@@ -63,7 +63,7 @@ FLAGS = (
     ("--device", "DEVICE", str, "auto, cpu or cuda"),
 )
 # Keys of the model that change what it computes but not the shapes of its weights
-SILENT_KEYS = ("ORDERS", "WINDOW", "SHIFT")
+SILENT_KEYS = ("ORDERS", "WINDOW", "PARTITION", "SHIFT", "SHIFT_DIRECTIONS")
 
 
 def configure(argv: Sequence[str] | None) -> CfgNode:

@@ -25,8 +25,15 @@ _C.MODEL.DEPTHS = [2, 2, 5, 2]
 _C.MODEL.ORDERS = ["quadtree", "quadtree", "raster", "raster"]
 # Side of a window of the `window` order, in tokens
 _C.MODEL.WINDOW = 7
+# Windows on a side of the grid outside and inside the selected quadrant, each 1 | 2 | 4 | 8 (1 only
+# with `release`); [2, 2] switches the fine level off
+_C.MODEL.PARTITION = [2, 4]
+# Who selects the quadrant: predictor | random | first (always the top left one)
+_C.MODEL.SELECTION = "predictor"
 # Roll the grid in every second block of a quadtree or release stage
 _C.MODEL.SHIFT = True
+# Directions that the rolls take in turn, of (+, +), (-, -), (+, -), (-, +): 1 to 4
+_C.MODEL.SHIFT_DIRECTIONS = 4
 # Inner channels of the scan, as a multiple of the stage's channels
 _C.MODEL.SSM_RATIO = 2.0
 # State size of the scan for each channel (1 to 256)
@@ -37,6 +44,8 @@ _C.MODEL.MLP_RATIO = 4.0
 _C.MODEL.DROP_PATH = 0.1
 # Temperature of the Gumbel-softmax that chooses a quadrant in training
 _C.MODEL.TAU = 1.0
+# Gumbel noise in that choice; without it training takes the highest score, as evaluation does
+_C.MODEL.GUMBEL = True
 # Recompute each block in the backward pass instead of storing its activations
 _C.MODEL.USE_CHECKPOINT = False
 
