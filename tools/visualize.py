@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, build_transforms, read_image
+from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
 from quadmamba.utils.distributed import DeviceError, World, choose_device
@@ -32,7 +32,7 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     cfg = load_cfg(args.cfg, opts=args.opts)
     device = choose_device(cfg.DEVICE, World())
     transform = build_transforms(cfg).val
-    images = [transform(read_image(path)) for path in args.images]
+    images = [transform(read_image(path)).image for path in args.images]
     model = build_model(cfg)
     names = ["image", *quad_blocks(model)]
     if len(names) == 1:
@@ -42,7 +42,7 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     _make_folder(args.output)
     paths = []
     for number, (source, image) in enumerate(zip(args.images, images), 1):
-        picture = partition_images(model, image[None].to(device))[0]
+        picture = partition_images(model, normalise(image[None].to(device)))[0]
         paths.append(args.output / f"{number:02d}_{source.stem}.png")
         caption(to_pil_image(picture), names).save(paths[-1])
     return paths
