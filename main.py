@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, Loaders, build_loaders, skipped_images
+from quadmamba.data import DataError, Loaders, build_loaders, normalise, skipped_images
 from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
 from quadmamba.utils.checkpoint import (
@@ -131,7 +131,8 @@ def evaluate(cfg: CfgNode, world: World) -> None:
     path = cfg.TRAIN.PRETRAINED or cfg.TRAIN.RESUME
     log = RunLog(quiet=not world.is_main)
     with world.together(DataError):
-        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=False)
+        share = {"rank": world.rank, "world_size": world.size, "device": world.device}
+        loaders = build_loaders(cfg, **share, with_train=False)
     greet(cfg, world, log)
     model = build_reported(cfg, world, log, len(loaders.classes))
     source, metrics = load_and_judge(cfg, world, log, model, loaders, path)
@@ -147,7 +148,8 @@ def train(cfg: CfgNode, world: World) -> None:
         if world.is_main:
             make_output(folder)
     with world.together(DataError):
-        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=True)
+        share = {"rank": world.rank, "world_size": world.size, "device": world.device}
+        loaders = build_loaders(cfg, **share, with_train=True)
     log = RunLog(folder if world.is_main else None, quiet=not world.is_main)
     greet(cfg, world, log)
     log.say(
@@ -292,7 +294,7 @@ def painter(cfg: CfgNode, world: World, loaders: Loaders) -> Callable[[nn.Module
     images = [sample.image for sample in samples if sample.image is not None]
     if not images:
         return None
-    batch = torch.stack(images).to(world.device)
+    batch = normalise(torch.stack(images).to(world.device))
     return lambda model: partition_images(model, batch)
 
 

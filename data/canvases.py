@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from quadmamba.data.datasets import DataError, read_image
 
@@ -107,7 +106,7 @@ def read_canvases(root: Path, part: str) -> Canvases:
         rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{part}/")]
     if not rows:
         raise DataError(f"{table}: expected canvases of {part}/, found none")
-    images = [pil_to_tensor(read_image(root / row["file"]).convert("L"))[0] for row in rows]
+    images = [read_image(root / row["file"])[..., 0] for row in rows]
     size = int(rows[0]["size"])
     centres = [[float(row[key]) / size for key in ("center_y", "center_x")] for row in rows]
     targets = [int(row["file"].split("/")[1]) for row in rows]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, build_transforms, read_image
+from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
 from quadmamba.utils.distributed import DeviceError, World, choose_device
@@ -44,7 +44,8 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     cfg = load_cfg(args.cfg, opts=args.opts)
     device = choose_device(cfg.DEVICE, World())
     transform = build_transforms(cfg).val
-    images = [transform(read_image(path)).to(device) for path in args.images]
+    read = [transform(read_image(path)).image for path in args.images]
+    images = [normalise(image[None].to(device))[0] for image in read]
     torch.manual_seed(cfg.TRAIN.SEED)
     model = build_model(cfg)
     if args.what == "partition" and not quad_blocks(model):
