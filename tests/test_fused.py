@@ -220,7 +220,10 @@ def test_opcheck(device):
     args = (residual, x, weight, bias, scale, 1e-5, torch.float32)
     torch.library.opcheck(ops.add_layer_norm.default, args)
     tokens, *params = tensors(predictor_case)
-    torch.library.opcheck(ops.predictor_score.default, (tokens, params, 1e-5))
+    torch.library.opcheck(ops.predictor_score.default, (tokens, params, 1e-5, True))
+    if device == "cuda":
+        half = (tokens.detach().half().requires_grad_(), params, 1e-5, True)
+        torch.library.opcheck(ops.predictor_score.default, half)
 
 
 @pytest.mark.parametrize("name", OPS)
