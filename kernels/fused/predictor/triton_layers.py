@@ -53,7 +53,7 @@ def _standardise_grad_kernel(
     _put(grad + first * d, row, cols, left, d, (g - mean - value * along) * rstd)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at, left = tl.arange(0, BLOCK), size - first
@@ -61,7 +61,7 @@ def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.cons
     tl.store(act + first + at, value.to(act.dtype.element_ty), mask=at < left)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gelu_grad_kernel(pre: tl.tensor, grad: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     """Gradient of pre over that of its GELU."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
