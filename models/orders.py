@@ -142,8 +142,8 @@ def build_order(name: str, window: int) -> ScanOrder:
 
 @_kept
 def cross_routes(device: torch.device) -> Tensor:
-    """(1, 4) int32: the table of each route of a cross scan, rows and columns, twice."""
-    return torch.tensor([[0, 1, 0, 1]], dtype=torch.int32, device=device)
+    """(1, 2) int32: the tables of a cross scan, rows and columns, each walked both ways."""
+    return torch.tensor([[0, 1]], dtype=torch.int32, device=device)
 
 
 @_kept

@@ -17,10 +17,13 @@ TOLERANCES = {
 }
 
 
-def noiseless(logits, tau, _training):
-    """Straight-through choice without noise, so that two devices choose alike."""
+def fixed_choice(logits, tau, _training):
+    """Straight-through choice of another quadrant for each image, whatever the scores.
+
+    Fresh weights score all quadrants almost alike, so two devices would choose differently.
+    """
     soft = (logits / tau).softmax(-1)
-    hard = torch.nn.functional.one_hot(logits.argmax(-1), 4).to(soft.dtype)
+    hard = torch.eye(4, dtype=soft.dtype, device=soft.device)[torch.arange(len(soft)) % 4]
     return hard + (soft - soft.detach())
 
 
@@ -36,7 +39,8 @@ def run(model, images, weight, amp):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_gpu_equals_float64(order, dtype, monkeypatch):
-    monkeypatch.setattr(ss2d, "select_quadrant", noiseless)
+    monkeypatch.setattr(ss2d, "select_quadrant", fixed_choice)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     orders = (order, order, "raster", "raster")
     model = QuadMamba((32, 48, 64, 96), depths=(2, 2, 1, 1), orders=orders, num_classes=7)

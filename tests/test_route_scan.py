@@ -51,7 +51,23 @@ CASES = {
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def make_inputs(case, dtype, device, *, shared=False, seed=0):
+# Of routes that go both ways along a row of tables, in shapes that the lane kernels take
+BOTH_WAYS_CASES = {
+    "l1": (2, 1, 8, 2, 2, 1),
+    "l15-r3": (3, 15, 48, 3, 2, 1),
+    "l16": (2, 16, 64, 4, 2, 1),
+    "l17-d40": (2, 17, 40, 6, 4, 1),
+    "l49-stage4": (2, 49, 1536, 48, 4, 1),
+    "l196-stage3": (2, 196, 768, 24, 4, 1),
+    "l200-d96-r32": (1, 200, 96, 32, 4, 1),
+    "l784-stage2": (2, 784, 384, 12, 2, 1),
+    "l3136-stage1": (1, 3136, 192, 6, 2, 1),
+    "l3137-d128": (1, 3137, 128, 8, 2, 1),
+    "n2-d33": (2, 65, 33, 3, 2, 2),
+}
+
+
+def make_inputs(case, dtype, device, *, shared=False, both_ways=False, seed=0):
     """The six tensors and the rest: random orders, per image or (`shared`) one for all."""
     b, l, d, r, k, n = case
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +85,9 @@ def make_inputs(case, dtype, device, *, shared=False, seed=0):
     }
     tables = torch.stack([torch.randperm(l, generator=generator) for _ in range(4)])
     select = torch.randint(0, 4, (1 if shared else b, k), generator=generator)
-    reverse = [i >= k / 2 if shared else bool(i % 2) for i in range(k)]
+    reverse = [i >= k / 2 if shared or both_ways else bool(i % 2) for i in range(k)]
+    if both_ways:
+        select = select[:, : k // 2]
     tensors = {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
     return tensors, (tables.to(device), select.to(device).int(), reverse)
 
@@ -103,6 +121,14 @@ def check(tensors, rest, **options):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_reference(case, dtype, device):
     check(*make_inputs(case, dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", BOTH_WAYS_CASES.values(), ids=BOTH_WAYS_CASES)
+def test_both_ways_along_a_row(case, dtype, device):
+    tensors, rest = make_inputs(case, dtype, device, both_ways=True)
+    check(tensors, rest, out_dtype=dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -146,9 +172,10 @@ def test_large_delta_lets_the_decay_underflow(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_two_runs_give_equal_bits(device):
-    tensors, rest = make_inputs((3, 196, 72, 24, 4, 1), torch.float16, device)
-    first, second = (run(scan, tensors, rest) for _ in range(2))
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_two_runs_give_equal_bits(device, both_ways):
+    tensors, rest = make_inputs((3, 196, 72, 24, 4, 1), torch.float16, device, both_ways=both_ways)
+    first, second = (run(scan, tensors, rest, out_dtype=torch.float16) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -229,10 +256,11 @@ def test_second_derivative_is_refused():
     [
         ({"proj": torch.zeros(2, 5, 2, 3)}, "expected proj of shape"),
         ({"select": torch.zeros(3, 2, dtype=torch.int32)}, "expected select"),
+        ({"select": torch.zeros(2, 1, dtype=torch.int32), "reverse": [True, False]}, "2 / 2"),
         ({"tables": torch.zeros(4, 5)}, "expected integer tables"),
         ({"out_dtype": torch.float16}, "expected out_dtype"),
     ],
-    ids=["proj", "select", "tables", "out_dtype"],
+    ids=["proj", "select", "one-way", "tables", "out_dtype"],
 )
 def test_wrong_arguments_say_what_was_expected(change, message):
     tensors, (tables, select, reverse) = make_inputs((2, 5, 4, 2, 2, 1), torch.float32, "cpu")

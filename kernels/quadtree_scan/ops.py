@@ -60,8 +60,8 @@ def _scan(
     coarse: Tensor,
     quadrant: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the states that the backward pass starts from, and the row of `tables` of each route."""
-    select = decision.argmax(1, keepdim=True).to(torch.int32).repeat(1, 2)  # (b, 2)
+    """y, the states that the backward pass starts from, and the selected row of `tables`."""
+    select = decision.argmax(1, keepdim=True).to(torch.int32)  # (b, 1)
     y, states = torch.ops.selective_scan.route_scan_fwd(
         x, proj, dt_weight, dt_bias, A, D, tables, select, _REVERSE_BITS, False
     )

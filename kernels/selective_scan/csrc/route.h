@@ -19,6 +19,9 @@ struct Inputs {
   Tensor x, proj, weight, bias, A, D, tables, select;
   int64_t reverse;  // bit i: route i walks its table backwards
   Sizes size;
+
+  // Routes i and i + k / 2 follow one row of tables, forwards and backwards; select then has k / 2 columns.
+  bool both_ways() const { return select.size(1) != size.k; }
 };
 
 inline Tensor dense_index(const Tensor& tensor) {
@@ -52,7 +55,9 @@ inline Inputs make_inputs(const Tensor& x, const Tensor& proj, const Tensor& wei
   check_shape(kOp, "A", A, {s.k, s.d, s.n});
   check_shape(kOp, "D", D, {s.k, s.d});
   check_shape(kOp, "tables", tables, {s.t, s.l});
-  check_shape(kOp, "select", select, {select.size(0) == 1 ? 1 : s.b, s.k});
+  SCAN_CHECK(select.dim() == 2, kOp, "expected select (b, k), got ", shape_text(select));
+  const bool both = 2 * select.size(1) == s.k && reverse == ((int64_t{1} << s.k) - (int64_t{1} << s.k / 2));
+  check_shape(kOp, "select", select, {select.size(0) == 1 ? 1 : s.b, both ? s.k / 2 : s.k});
   check_dtype(kOp, "proj", proj, x.scalar_type());
   for (const Tensor* tensor : {&proj, &weight, &bias, &A, &D, &tables, &select}) {
     check_same_device(kOp, "every input", *tensor, x);

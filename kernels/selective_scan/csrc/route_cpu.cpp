@@ -32,7 +32,8 @@ struct Chunk {
     const auto& s = data.in.size;
     const int* tables = static_cast<const int*>(data.in.tables.const_data_ptr());
     const int* select = static_cast<const int*>(data.in.select.const_data_ptr());
-    const int64_t pick = data.in.select.size(0) == 1 ? route : image * s.k + route;
+    const int64_t columns = data.in.select.size(1), from = data.in.select.size(0) == 1 ? 0 : image;
+    const int64_t pick = from * columns + route % columns;
     const int* table = tables + int64_t{select[pick]} * s.l;
     const int64_t start = index * kChunk;
     count = std::min<int64_t>(kChunk, s.l - start);

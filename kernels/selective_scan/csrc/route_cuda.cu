@@ -54,7 +54,8 @@ Params make_params(const Inputs& in, int warps, Tensor& scratch) {
   p.strips = p.slabs * warps;
   p.kt = ceil_div(s.r, 8);
   p.rows = row_floats(p.kt, p.n);
-  p.select_row = in.select.size(0) == 1 ? 0 : p.k;
+  p.columns = in.select.size(1);
+  p.select_row = in.select.size(0) == 1 ? 0 : p.columns;
   p.x = data<void>(in.x), p.proj = data<void>(in.proj);
   p.A = data<float>(in.A);
   p.tables = data<int>(in.tables), p.select = data<int>(in.select);
@@ -90,6 +91,7 @@ ForwardResult forward_cuda(const Tensor& x, const Tensor& proj, const Tensor& we
                            int64_t reverse, bool out_float) {
   const DeviceGuard guard(x.get_device_index());
   const Inputs in = make_inputs(x, proj, weight, bias, A, D, tables, select, reverse);
+  if (takes_lanes(in, out_float)) return forward_lanes(in);
   const auto& s = in.size;
   const ScalarType dtype = out_float ? kFloat : x.scalar_type();
   const Tensor y = empty_like_on(x, {s.b, s.l, s.d}, dtype), states = empty_states(in);
@@ -120,6 +122,7 @@ BackwardResult backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& pr
   const DeviceGuard guard(x.get_device_index());
   const Inputs in = make_inputs(x, proj, weight, bias, A, D, tables, select, reverse);
   check_gradient(in, dy);
+  if (states.dim() == 4) return backward_lanes(in, dy, states);
   const auto& s = in.size;
   const Tensor gradient = torch::stable::contiguous(dy), borders = torch::stable::contiguous(states);
   const Tensor dx = empty_like_on(x, {s.b, s.l, s.d}, x.scalar_type());

@@ -164,7 +164,7 @@ struct Stage {
   __device__ __forceinline__ void fetch_tokens(const Step& step) const {
     for (int i = threadIdx.x; i < kChunk; i += blockDim.x) {
       const int position = min(step.chunk * kChunk + i, p.l - 1);
-      const int row = p.select[static_cast<int64_t>(step.image) * p.select_row + step.route];
+      const int row = p.select[static_cast<int64_t>(step.image) * p.select_row + step.route % p.columns];
       const bool reversed = (p.reverse >> step.route) & 1;
       const int* from = p.tables + static_cast<int64_t>(row) * p.l + (reversed ? p.l - 1 - position : position);
       copy_async<4>(tokens + step.number % kTokens * kChunk + i, from);

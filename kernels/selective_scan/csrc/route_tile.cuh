@@ -64,7 +64,7 @@ struct Params {
   const float* A;          // (k, d, n)
   const float* D;          // (8 strips): the sum over the routes
   const int* tables;       // (t, l)
-  const int* select;       // (b, k) or (1, k)
+  const int* select;       // (b, columns) or (1, columns); route i takes column i modulo columns
   float* states;           // (b, k, chunks - 1, n, d): the state that crosses each border of two chunks
   float* adjoints;         // (b, k, n, d): the same of the backward recurrence at the border just crossed
   void* y;                 // (b, l, d); dx in the backward pass
@@ -73,7 +73,7 @@ struct Params {
   float* dweights;         // (groups, k, d, r + 2 + n): sums of dt_weight, dt_bias, D, A over a group of images
   int b, l, d, k, r, n, m;
   int chunks, strips, slabs, kt, rows, group;  // rows: floats of a chunk's numbers in shared memory
-  int select_row;    // k, or 0 where one row serves all images
+  int columns, select_row;  // of select: its columns, and how far rows are apart, 0 where one row serves all images
   unsigned reverse;  // bit i: route i is reversed
   unsigned magic;    // 2^32 / (loads per row of proj), rounded up
 };
@@ -243,6 +243,11 @@ struct Gradients {
   void* dproj;  // (b, l, k, m)
   float *weight, *bias, *A, *D;
 };
+
+// The form of lane.cuh, on tensors that `takes_lanes` accepts.
+bool takes_lanes(const Inputs& in, bool out_float);
+ForwardResult forward_lanes(const Inputs& in);
+BackwardResult backward_lanes(const Inputs& in, const Tensor& dy, const Tensor& states);
 
 template <typename T, typename Y>
 void launch_forward(const Params& p, int warps, bool pair, cudaStream_t stream);

@@ -98,8 +98,16 @@ def check_route_scan(
             f"{op}: expected integer tables (t, {l}) and integer select, "
             f"got {tables.dtype} {tuple(tables.shape)} and {select.dtype}"
         )
-    if tuple(select.shape) not in ((b, k), (1, k)) or len(reverse) != k:
+    _check_routes(select, reverse, b, k)
+
+
+def _check_routes(select: Tensor, reverse: Sequence[bool], b: int, k: int) -> None:
+    """Raise ValueError unless select is (b | 1, k), or (b | 1, k / 2) for routes both ways."""
+    rows, columns = select.shape
+    both_ways = list(reverse) == [False] * (k // 2) + [True] * (k // 2) and 2 * columns == k
+    if rows not in (1, b) or len(reverse) != k or not (columns == k or both_ways):
         raise ValueError(
-            f"{op}: expected select ({b}, {k}) or (1, {k}) and {k} reverse flags, "
-            f"got {tuple(select.shape)} and {len(reverse)} flags"
+            f"route_scan: expected select ({b}, {k}) or (1, {k}) and {k} reverse flags, or "
+            f"{k} / 2 columns and the flags of k / 2 routes forwards, then k / 2 backwards, "
+            f"got {(rows, columns)} and flags {list(reverse)}"
         )

@@ -161,7 +161,8 @@ def route_scan_ref(
     dt_weight: (k, d, r), dt_bias: (k, d), A: (k, d, n) negative, D: (k, d).
     tables: (t, l) integer, row i lists the token at each position of order i; every row is a
     permutation.
-    select: (b, k) or (1, k) integer, the row that route k of an image follows.
+    select: (b, k) or (1, k) integer, the row that route k of an image follows; with k / 2 columns
+    routes i and i + k / 2 follow the row of column i.
     reverse: k flags, walk the row backwards. delta = softplus(dt_weight dt + dt_bias).
     Returns y (b, l, d) in token order, float32 (float64 for float64 x).
     Raises ValueError for shapes that do not fit.
@@ -171,7 +172,7 @@ def route_scan_ref(
     k, _, r = dt_weight.shape
     n = A.shape[-1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    rows = tables.long()[select.long()].expand(b, k, l)
+    rows = tables.long()[select.long()].repeat(1, k // select.shape[1], 1).expand(b, k, l)
     route = torch.stack(
         [rows[:, i].flip(1) if reverse[i] else rows[:, i] for i in range(k)], 2
     )  # (b, l, k)

@@ -17,6 +17,7 @@ from .reference import route_scan_ref
 
 _FORWARD, _BACKWARD = "route_scan_fwd", "route_scan_bwd"
 _CHUNK = 64  # kChunk in csrc/route.h
+_ROWS, _MAX_RANK = 16, 48  # kRows and 8 kMaxTiles in csrc/lane.cuh
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = library.kernels_for(_FORWARD)
 
@@ -40,11 +41,14 @@ def route_scan(
     dt_weight: (k, d, r), dt_bias: (k, d), A: (k, d, n) negative, D: (k, d).
     tables: (t, l) integer, row i lists the token at each position of order i, a permutation.
     select: (b, k) or (1, k) integer, the row that a route of an image follows. reverse: k flags,
-    walk the row backwards. delta = softplus(dt_weight dt + dt_bias).
+    walk the row backwards. Or select (b, k / 2) or (1, k / 2) and the flags of k / 2 routes
+    forwards, then k / 2 backwards: routes i and i + k / 2 then follow the row of column i, and are
+    walked together where x is float16 or bfloat16 with one state, d a multiple of 8, r <= 48 and
+    the same output dtype, on CUDA; that is the fastest form.
+    delta = softplus(dt_weight dt + dt_bias).
     x and proj share float32, float16 or bfloat16 (autocast widens them to the wider); state and
     sums are float32, and two runs give equal bits. float64 runs the reference.
-    Routes i and i + k/2 that follow one row in opposite directions are walked together, which
-    costs least. The entries of tables and select are not checked, which would wait for the device.
+    The entries of tables and select are not checked, which would wait for the device.
     Returns y (b, l, d) in token order, in `out_dtype`: float32 (default) or the dtype of x.
     Raises ValueError for shapes and dtypes that do not fit, RuntimeError without a kernel.
     """
@@ -78,10 +82,19 @@ def _forward_fake(
     check_route_scan(x, proj, dt_weight, dt_bias, A, D, tables, select, flags)
     _check_dtypes(x, proj)
     b, l, d = x.shape
-    k, _, n = A.shape
-    borders = max((l + _CHUNK - 1) // _CHUNK - 1, 0)
-    states = x.new_empty((b, k, borders, n, d), dtype=torch.float32)
+    n = A.shape[2]
+    states = x.new_empty(_states_shape(x, dt_weight, n, select, out_float), dtype=torch.float32)
     return x.new_empty((b, l, d), dtype=torch.float32 if out_float else x.dtype), states
+
+
+def _states_shape(x, dt_weight, n, select, out_float) -> tuple[int, ...]:
+    """Shape of the states kept for the backward pass; `takes_lanes` in csrc has the same rule."""
+    b, l, d = x.shape
+    k, _, r = dt_weight.shape
+    in_half = x.dtype != torch.float32 and not out_float
+    if x.is_cuda and in_half and select.shape[1] != k and n == 1 and d % 8 == 0 and r <= _MAX_RANK:
+        return b, k, max(-(-l // _ROWS) - 1, 0), d
+    return b, k, max(-(-l // _CHUNK) - 1, 0), n, d
 
 
 def _backward_fake(

@@ -1,0 +1,349 @@
+// Backward pass of the route scan with a lane for each channel or two: the states that enter the chunks come from the
+// forward pass, everything else is computed again. lane.cuh says how.
+#include "lane.cuh"
+
+namespace scan::route::lane {
+namespace {
+
+template <typename T, int kC, int kN>
+struct alignas(16) BackwardMemory : Memory<T, kC, (kN + 1) / 2> {
+  static constexpr int kGates = 8 * kN;  // columns of the gradients of B and C in `part`
+  static constexpr int kParts = kN <= kSumTiles ? 2 : 1;
+  using Row = T[2 * Shape<kC, 1>::kWide];
+  Tile<T, kC> dy;
+  float part[kParts][kRows][kGates + 8];  // this warp's part of the chunk's rows of dproj
+
+  // dz of a position, in the place of its z.
+  __device__ __forceinline__ Row& dz(int j) { return reinterpret_cast<Row&>(this->z[j]); }
+  __device__ __forceinline__ auto& part_of(const Step& s) { return part[s.number % kParts]; }
+  __device__ __forceinline__ const auto& part_of(const Step& s) const { return part[s.number % kParts]; }
+};
+
+// Sums over the positions of an image.
+template <int kC, int kN>
+struct Sums {
+  static constexpr int kTiles = kN <= kSumTiles ? kN : 0;
+  float weight[2 * kC][kTiles ? kTiles : 1][4];  // fragments of dt_weight's gradient
+  float bias[kC], D[kC], A[kC];
+};
+
+// The step before, as the backward pass goes: a route's chunks from the last to the first, then the next pair.
+__device__ __forceinline__ Step next(const Params& p, Step s) {
+  ++s.number;
+  if (--s.index < 0) s.index = p.chunks - 1, ++s.pair;
+  return s;
+}
+
+constexpr int kHalf = kRows / 2;  // positions that are in registers at a time
+
+// Lanes 2i and 2i + 1 get the sum over the lanes of their v[i]: each round halves the numbers and the lanes that share
+// them.
+template <int kCount>
+__device__ __forceinline__ float sum_lanes(float (&v)[2 * kHalf], int lane) {
+  constexpr int kSpan = kCount;  // lanes apart
+  const bool upper = lane & kSpan;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float keep = upper ? v[i + kCount / 2] : v[i], give = upper ? v[i] : v[i + kCount / 2];
+    v[i] = keep + __shfl_xor_sync(kAll, give, kSpan);
+  }
+  if constexpr (kCount > 2) return sum_lanes<kCount / 2>(v, lane);
+  return v[0] + __shfl_xor_sync(kAll, v[0], 1);
+}
+
+// The recurrence over a chunk from the state that enters: L takes the place of z; kept: exp(delta A) times the state
+// before each position.
+template <typename T, int kC, typename M>
+__device__ __forceinline__ void walk_up(const Walk& w, const Step& s, M& memory, const Route<kC>& r,
+                                        float (&state)[kC], float (&kept)[kRows][kC]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float length[kHalf][kC], decay[kHalf][kC];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        float u;
+        length[i][c] = softplus2<false>(memory.z[half * kHalf + i][kC * w.lane + c] + r.bias[c], u);
+        decay[i][c] = fast_exp2(length[i][c] * r.A[c]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int j = half * kHalf + i;
+      const float B = memory.gates[j].x;
+      float x[kC];
+      unpack<T>(lane_of<kC>(memory.x[s.number % 2][j], w.lane), x);
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        kept[j][c] = decay[i][c] * state[c];
+        state[c] = fmaf(length[i][c], x[c] * B, kept[j][c]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+#pragma unroll
+      for (int c = 0; c < kC; ++c) memory.z[half * kHalf + i][kC * w.lane + c] = length[i][c];
+    }
+  }
+}
+
+// The adjoint over a chunk: dx is added to what memory.sum holds, dz takes the place of L, and the gradients of B and C
+// of each position, summed over the warp's channels, go to `part`.
+template <typename T, int kC, int kN, typename M>
+__device__ __forceinline__ void walk_down(const Walk& w, const Step& s, M& memory, Route<kC>& r,
+                                          const float (&kept)[kRows][kC], Sums<kC, kN>& sums) {
+#pragma unroll
+  for (int half = 1; half >= 0; --half) {
+    float v[2 * kHalf];
+    Raw<T, kC> dxs[kHalf], dzs[kHalf];
+#pragma unroll
+    for (int i = kHalf - 1; i >= 0; --i) {
+      const int j = half * kHalf + i;
+      const float2 gate = memory.gates[j];
+      float x[kC], dy[kC], dx[kC], dz[kC];
+      unpack<T>(lane_of<kC>(memory.x[s.number % 2][j], w.lane), x);
+      unpack<T>(lane_of<kC>(memory.dy[j], w.lane), dy);
+      unpack<T>(lane_of<kC>(memory.sum[j], w.lane), dx);
+      v[2 * i] = v[2 * i + 1] = 0.f;
+#pragma unroll
+      for (int c = 0; c < kC; ++c) {
+        const float length = memory.z[j][kC * w.lane + c];
+        const float gradient = fmaf(gate.y, dy[c], r.carry[c]);  // of the state
+        r.carry[c] = fast_exp2(length * r.A[c]) * gradient;
+        const float scaled = gradient * length, drive = x[c] * gate.x;
+        const float rate = fmaf(r.A[c] * kLn2, kept[j][c], drive);
+        dz[c] = gradient * rate * (1.f - fast_exp2(-length));
+        if (kN > kSumTiles) dz[c] *= kLog2E;  // of dt_weight dt itself, as the product that follows takes it
+        dx[c] += fmaf(r.D[c], dy[c], scaled * gate.x);
+        v[2 * i] = fmaf(scaled, x[c], v[2 * i]);
+        v[2 * i + 1] = fmaf(fmaf(length, drive, kept[j][c]), dy[c], v[2 * i + 1]);
+        sums.A[c] = fmaf(scaled, kept[j][c], sums.A[c]);
+        sums.D[c] = fmaf(x[c], dy[c], sums.D[c]);
+        sums.bias[c] += dz[c];
+      }
+      dxs[i] = pack<T>(dx);
+      dzs[i] = pack<T>(dz);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int j = half * kHalf + i;
+      lane_of<kC>(memory.sum[j], w.lane) = dxs[i];
+      *reinterpret_cast<Raw<T, kC>*>(&memory.dz(j)[kC * w.lane]) = dzs[i];
+    }
+    const float sum = sum_lanes<2 * kHalf>(v, w.lane);
+    const bool of_B = w.lane % 4 < 2;
+    if (w.lane % 2 == 0) memory.part_of(s)[half * kHalf + w.lane / 4][M::kGates + !of_B] = of_B ? sum * kLn2 : sum;
+  }
+}
+
+// The warp's part of the gradient of dt: dz (16 x channels) times dt_weight (channels x r).
+template <typename T, int kC, int kN, typename M>
+__device__ __forceinline__ void contract(const Walk& w, const Step& s, M& memory, const uint2 (&weights)[2 * kC * kN]) {
+  auto& part = memory.part_of(s);
+  const int g = w.lane / 4, q = w.lane % 4;
+  float c[kN][4] = {};
+#pragma unroll
+  for (int k = 0; k < 2 * kC; ++k) {
+    unsigned a[4];
+    load_matrix(a, &memory.dz(w.lane % 16)[16 * k + w.lane / 16 * 8]);
+#pragma unroll
+    for (int t = 0; t < kN; ++t) {
+      const uint2 b = weights[k * kN + t];
+      mma16<T>(c[t], a, b.x, b.y);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kN; ++t) {
+    *reinterpret_cast<float2*>(&part[g][8 * t + 2 * q]) = make_float2(c[t][0], c[t][1]);
+    *reinterpret_cast<float2*>(&part[g + 8][8 * t + 2 * q]) = make_float2(c[t][2], c[t][3]);
+  }
+}
+
+// Adds dz^T (channels x 16) times dt (16 x r) to the weights' gradient.
+template <typename T, int kC, int kN, typename M>
+__device__ __forceinline__ void sum_weights(const Walk& w, const Step& s, M& memory, Sums<kC, kN>& sums) {
+  constexpr int kTiles = Sums<kC, kN>::kTiles;
+  const int eight = w.lane / 8, row = w.lane % 8;
+  unsigned b[kTiles ? kTiles : 1][2];
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) load_transposed(b[t], &memory.rows[s.number % 2][w.lane % 16][8 * t]);
+#pragma unroll
+  for (int k = 0; k < (kTiles ? 2 * kC : 0); ++k) {
+    unsigned a[4];
+    load_transposed(a, &memory.dz(row + eight / 2 * 8)[16 * k + eight % 2 * 8]);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) mma16<T>(sums.weight[k][t], a, b[t][0], b[t][1]);
+  }
+}
+
+// Waits for the warps of the same direction.
+__device__ __forceinline__ void meet(const Params& p, const Walk& w) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + w.direction), "r"(p.group * kWarp) : "memory");
+}
+
+// The rows of dproj of a chunk: the sum of the parts of the direction's warps, in their order.
+template <typename T, typename M>
+__device__ __forceinline__ void write_proj(const Params& p, const Walk& w, const Step& s, const M* memories) {
+  const int warp = threadIdx.x / kWarp % p.group, row = w.lane / 2;
+  const M* own = memories + w.direction * p.group;
+  meet(p, w);
+  if (position_of(p, w, s, row) >= p.l) return;
+  const int64_t at = proj_row(p, w, s, own[warp].tokens[s.number % 4][row]) * p.m;
+  const int64_t slab = static_cast<int64_t>(blockIdx.x % p.slabs) * p.b * p.l * p.k * p.m;
+  for (int i = w.lane % 2 + 2 * warp; i < p.m; i += 2 * p.group) {
+    const int column = i < p.r ? i : i - p.r + M::kGates;
+    float sum = 0.f;
+    for (int other = 0; other < p.group; ++other) sum += own[other].part_of(s)[row][column];
+    if (p.slabs == 1) {
+      static_cast<T*>(p.dproj)[at + i] = from_float<T>(sum);
+    } else {
+      static_cast<float*>(p.dproj)[slab + at + i] = sum;
+    }
+  }
+}
+
+// Writes the image's sums of a route; no other warp has these channels.
+template <int kC, int kN>
+__device__ __forceinline__ void write_sums(const Params& p, const Walk& w, const Step& s, const Sums<kC, kN>& sums) {
+  constexpr int kTiles = Sums<kC, kN>::kTiles;
+  const int ranks = p.columns - 3, g = w.lane / 4, q = w.lane % 4;
+  const int64_t row = (static_cast<int64_t>(w.image) * p.k + route_of(p, w, s)) * p.d;
+#pragma unroll
+  for (int c = 0; c < kC; ++c) {
+    if (!w.active) break;
+    float* to = p.dweights + (row + w.channel + c) * p.columns + ranks;
+    to[0] = sums.bias[c] * (kTiles ? kLog2E : 1.f), to[1] = sums.D[c], to[2] = sums.A[c] * kLn2;
+  }
+#pragma unroll
+  for (int k = 0; k < 2 * kC; ++k) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int channel = w.strip * 32 * kC + 16 * k + g + i / 2 * 8, rank = 8 * t + 2 * q + i % 2;
+        if (channel < p.d && rank < ranks) {
+          p.dweights[(row + channel) * p.columns + rank] = sums.weight[k][t][i] * kLog2E;
+        }
+      }
+    }
+  }
+}
+
+// Past the end of the table nothing comes back.
+template <typename M>
+__device__ __forceinline__ void clear_tail(const Params& p, const Walk& w, const Step& s, M& memory) {
+  if (is_whole(p, w, s)) return;
+  for (int j = 0; j < kRows; ++j) {
+    if (position_of(p, w, s, j) < p.l) continue;
+    for (auto& number : memory.dy[j]) number = 0.f;
+  }
+  __syncwarp();
+}
+
+template <typename T, int kC, int kN>
+__global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const __grid_constant__ Params p) {
+  using M = BackwardMemory<T, kC, kN>;
+  constexpr int kK = (kN + 1) / 2;
+  extern __shared__ __align__(16) char shared[];
+  M* const memories = reinterpret_cast<M*>(shared);
+  M& memory = memories[threadIdx.x / kWarp];
+  const Walk w = make_walk(p, 32 * kC);
+  const int64_t offset = static_cast<int64_t>(w.image) * p.l * p.d + w.strip * 32 * kC;
+  const T* x = static_cast<const T*>(p.x) + offset;
+  const T* dy = static_cast<const T*>(p.dy) + offset;
+  T* dx = static_cast<T*>(p.y) + offset;
+  T* dz = static_cast<T*>(p.dz) + static_cast<int64_t>(w.image) * p.l * p.k * p.d + w.strip * 32 * kC;
+  const int first = w.direction ? middle(p) : p.chunks - middle(p);  // chunks before the barrier
+  const int pairs = p.k / 2;
+  clear(memory);
+  Step step{0, p.chunks - 1, 0};
+  // Whether a gradient lies there already: of an earlier pair, or of the other direction, which came first.
+  const auto done = [&](const Step& s) { return p.chunks - 1 - s.index; };
+  const auto again = [&](const Step& s) { return s.pair > 0 || done(s) >= first; };
+  const auto fetch = [&](const Step& s) {
+    fetch_proj<T>(p, w, s, memory);
+    fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
+  };
+  fetch_tokens(p, w, step, memory);
+  if (next(p, step).pair < pairs) fetch_tokens(p, w, next(p, step), memory);
+  commit_async();
+  wait_async<0>();
+  fetch(step);
+  commit_async();
+  constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
+  Route<kC> r;
+  Sums<kC, kN> sums;
+  for (; step.pair < pairs; step = next(p, step)) {
+    if (done(step) == 0) r = make_route<kC>(p, w, step), sums = {};
+    if (done(step) == first) __syncthreads();
+    // Used when the copies have come; asked for now, so that they come meanwhile.
+    uint4 weights[kFragments];
+    float state[kC];
+#pragma unroll
+    for (int i = 0; i < kFragments; ++i) weights[i] = __ldg(weights_of(p, w, step, kFragments) + i * kWarp);
+    load_floats<kC>(p.states + states_of(p, w, step), w.active && step.index > 0, state);
+    fetch_tile<kC>(p, w, step, memory, dy, memory.dy);
+    if (again(step)) fetch_tile<kC>(p, w, step, memory, dx, memory.sum);
+    commit_async();
+    wait_async<1>();
+    const Step after = next(p, step), later = next(p, after);
+    if (after.pair < pairs) fetch(after);
+    if (later.pair < pairs) fetch_tokens(p, w, later, memory);
+    commit_async();
+    expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
+    float kept[kRows][kC];
+    walk_up<T, kC>(w, step, memory, r, state, kept);
+    wait_async<1>();
+    clear_tail(p, w, step, memory);
+    if (!again(step)) {
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) lane_of<kC>(memory.sum[j], w.lane) = Raw<T, kC>{};
+    }
+    if (M::kParts == 1) meet(p, w);
+    uint2 back[2 * kC * kN];
+    const auto load_back = [&] {
+      const int64_t strip = static_cast<int64_t>(route_of(p, w, step)) * p.strips + w.strip;
+#pragma unroll
+      for (int i = 0; i < 2 * kC * kN; ++i) back[i] = __ldg(p.contract + (strip * 2 * kC * kN + i) * kWarp + w.lane);
+    };
+    if (kN <= kSumTiles) load_back();  // else there are no registers to spare
+    walk_down<T, kC, kN>(w, step, memory, r, kept, sums);
+    if (kN > kSumTiles) load_back();
+    __syncwarp();
+    store_tile<kC>(p, w, step, memory, [&](int j) -> auto& { return memory.sum[j]; }, dx, p.d);
+    contract<T, kC, kN>(w, step, memory, back);
+    if constexpr (kN <= kSumTiles) {
+      sum_weights<T, kC, kN>(w, step, memory, sums);
+    } else {
+      store_tile<kC>(p, w, step, memory, [&](int j) -> auto& { return memory.dz(j); },
+                     dz + static_cast<int64_t>(route_of(p, w, step)) * p.d, static_cast<int64_t>(p.k) * p.d);
+    }
+    write_proj<T>(p, w, step, memories);
+    if (step.index == 0) {
+      write_sums<kC, kN>(p, w, step, sums);
+      if (first == p.chunks) __syncthreads();
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void launch_backward(const Params& p, int channels, int ranks, cudaStream_t stream) {
+  with_shape(channels, ranks, [&](auto c, auto n) {
+    constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
+    const int bytes = 2 * p.group * sizeof(BackwardMemory<T, kC, kN>);
+    auto* kernel = &backward_kernel<T, kC, kN>;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
+    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), 2 * p.group * kWarp, bytes, stream>>>(p);
+    check_launch(kOp);
+  });
+}
+
+template void launch_backward<__half>(const Params&, int, int, cudaStream_t);
+template void launch_backward<__nv_bfloat16>(const Params&, int, int, cudaStream_t);
+
+}  // namespace scan::route::lane

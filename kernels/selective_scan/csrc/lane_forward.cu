@@ -1,0 +1,131 @@
+// Forward pass of the route scan with a lane for each channel or two; lane.cuh says how.
+#include "lane.cuh"
+
+namespace scan::route::lane {
+namespace {
+
+__device__ __forceinline__ Step next(const Params& p, Step s) {
+  ++s.number;
+  if (++s.index == p.chunks) s.index = 0, ++s.pair;
+  return s;
+}
+
+// One chunk: the route's output is added to what memory.sum holds. First all that the positions have of their own, then
+// the recurrence, by when the sum has come.
+template <typename T, int kC, typename M>
+__device__ __forceinline__ void walk_chunk(const Walk& w, const Step& s, M& memory, Route<kC>& r, bool again) {
+  float decay[kRows][kC], gain[kRows][kC], y[kRows][kC];
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const float B = memory.gates[j].x;
+    float x[kC];
+    unpack<T>(lane_of<kC>(memory.x[s.number % 2][j], w.lane), x);
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      float u;
+      const float length = softplus2<false>(memory.z[j][kC * w.lane + c] + r.bias[c], u);
+      decay[j][c] = fast_exp2(length * r.A[c]);
+      gain[j][c] = length * (x[c] * B);
+      y[j][c] = r.D[c] * x[c];
+    }
+  }
+  wait_async<1>();
+  if (again) {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      float sum[kC];
+      unpack<T>(lane_of<kC>(memory.sum[j], w.lane), sum);
+#pragma unroll
+      for (int c = 0; c < kC; ++c) y[j][c] += sum[c];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) {
+    const float C = memory.gates[j].y;
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      r.carry[c] = fmaf(decay[j][c], r.carry[c], gain[j][c]);
+      y[j][c] = fmaf(C, r.carry[c], y[j][c]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kRows; ++j) lane_of<kC>(memory.sum[j], w.lane) = pack<T>(y[j]);
+}
+
+template <typename T, int kC, int kN>
+__global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) forward_kernel(const __grid_constant__ Params p) {
+  constexpr int kK = (kN + 1) / 2;
+  extern __shared__ __align__(16) char shared[];
+  auto& memory = reinterpret_cast<Memory<T, kC, kK>*>(shared)[threadIdx.x / kWarp];
+  const Walk w = make_walk(p, 32 * kC);
+  const int64_t offset = static_cast<int64_t>(w.image) * p.l * p.d + w.strip * 32 * kC;
+  const T* x = static_cast<const T*>(p.x) + offset;
+  T* y = static_cast<T*>(p.y) + offset;
+  const int first = w.direction ? p.chunks - middle(p) : middle(p);  // chunks before the barrier
+  const int pairs = p.k / 2;
+  clear(memory);
+  Step step{0, 0, 0};
+  fetch_tokens(p, w, step, memory);
+  if (next(p, step).pair < pairs) fetch_tokens(p, w, next(p, step), memory);
+  commit_async();
+  wait_async<0>();
+  // Whether an output lies there already: of an earlier pair, or of the other direction, which came first.
+  const auto again = [&](const Step& s) { return s.pair > 0 || s.index >= first; };
+  const auto fetch = [&](const Step& s) {
+    fetch_proj<T>(p, w, s, memory);
+    fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
+  };
+  fetch(step);
+  commit_async();
+  constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
+  uint4 weights[kFragments];
+  Route<kC> r;
+  for (; step.pair < pairs; step = next(p, step)) {
+    if (step.index == 0) {
+      r = make_route<kC>(p, w, step);
+#pragma unroll
+      for (int i = 0; i < kFragments; ++i) weights[i] = weights_of(p, w, step, kFragments)[i * kWarp];
+    }
+    if (step.index == first) __syncthreads();
+    if (again(step)) fetch_tile<kC>(p, w, step, memory, y, memory.sum);
+    commit_async();
+    wait_async<1>();
+    const Step after = next(p, step), later = next(p, after);
+    if (after.pair < pairs) fetch(after);
+    if (later.pair < pairs) fetch_tokens(p, w, later, memory);
+    commit_async();
+    expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
+    if (step.index > 0 && w.active) {
+      float* state = p.states + states_of(p, w, step);
+#pragma unroll
+      for (int c = 0; c < kC; ++c) state[c] = r.carry[c];
+    }
+    walk_chunk<T, kC>(w, step, memory, r, again(step));
+    __syncwarp();
+    store_tile<kC>(p, w, step, memory, [&](int j) -> auto& { return memory.sum[j]; }, y, p.d);
+    __syncwarp();
+    if (step.index == p.chunks - 1) {
+      if (first == p.chunks) __syncthreads();
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream) {
+  with_shape(channels, ranks, [&](auto c, auto n) {
+    constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
+    const int bytes = 2 * p.group * sizeof(Memory<T, kC, (kN + 1) / 2>);
+    auto* kernel = &forward_kernel<T, kC, kN>;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
+    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), 2 * p.group * kWarp, bytes, stream>>>(p);
+    check_launch(kOp);
+  });
+}
+
+template void launch_forward<__half>(const Params&, int, int, cudaStream_t);
+template void launch_forward<__nv_bfloat16>(const Params&, int, int, cudaStream_t);
+
+}  // namespace scan::route::lane
