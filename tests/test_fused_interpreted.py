@@ -82,6 +82,10 @@ def test_interpreted_predictor(rows, d, widest, monkeypatch):
     from quadmamba.kernels.fused.predictor import host as kernels
 
     monkeypatch.setattr(kernels, "CHAIN_MAX_D", widest)
+    if widest < d:  # as the widest tokens
+        monkeypatch.setattr(kernels, "WEIGHT_GRAD", ())
+        monkeypatch.setattr(kernels, "WIDER_ROWS", 64)
+    kernels._weight_sides.cache_clear()
     inputs, grad = predictor_case((rows, d)), torch.randn(rows)
     x, *params = inputs.values()
     truth = plain_gradients(partial(call_predictor, predictor_score_ref), inputs, grad)

@@ -1,9 +1,9 @@
-"""The Triton path of the predictor: two kernels forward, seven launches backward, or a few more.
+"""The Triton path of the predictor: two kernels forward, six backward, or a few more.
 
 Narrow tokens pass through the whole chain in one kernel, forward and back. For wide ones, whose
 chain would not fit the registers, cuBLAS multiplies and small kernels stand between its products.
 Both keep the layers before their GELU in half precision and share the kernel that forms the
-gradients of the matrices, as partial results that add up in a fixed order.
+gradients of the matrices, as partial results that one more kernel adds up in a fixed order.
 
 Beware when changing block sizes: the ptxas that comes with Triton 3.6 can lose a uniform register
 of a matrix descriptor between two products, which gives wrong numbers or an illegal access. Only
@@ -13,6 +13,7 @@ the GPU tests at every width notice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -30,14 +31,22 @@ from quadmamba.kernels.fused.predictor.triton_layers import (
     _standardise_grad_kernel,
     _standardise_kernel,
 )
-from quadmamba.kernels.fused.predictor.triton_weights import _weight_grad_kernel
+from quadmamba.kernels.fused.predictor.triton_weights import _sum_kernel, _weight_grad_kernel
 
 CHAIN_MAX_D = 256  # widest tokens of the chain; at 384 its registers spill
 
-FORWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+FORWARD = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 BACKWARD = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-WEIGHT_GRAD = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3}
-WEIGHT_PROGRAMS = 264  # of a matrix's gradient: two on each multiprocessor of the largest GPUs
+WEIGHT_GRAD = (  # of a matrix's gradient: most rows of the matrix, and launch parameters
+    (64, {"BLOCK_M": 64, "BLOCK_N": 32, "STAGES": 3, "num_warps": 4}),
+    (128, {"BLOCK_M": 32, "BLOCK_N": 64, "STAGES": 4, "num_warps": 4}),
+    (256, {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3, "num_warps": 4}),
+    (384, {"BLOCK_M": 64, "BLOCK_N": 128, "STAGES": 3, "num_warps": 8}),
+)
+WIDER = {"BLOCK_M": 64, "BLOCK_N": 64, "STAGES": 3, "num_warps": 8}
+WIDER_ROWS = 256  # rows of the matrix at a time, beyond that table
+CHAIN_PARTS, LAYERS_PARTS = 176, 44  # partial results of the matrices' gradients
+SUM = {"BLOCK_R": 32, "BLOCK_C": 64, "BLOCK": 2048}
 TILE = 2048  # elements of a program's tile in the kernels between products
 HEAD_TILES = 4
 
@@ -65,9 +74,9 @@ def backward(
     run = _backward_chain if x.shape[1] <= CHAIN_MAX_D else _backward_layers
     with torch.cuda.device_of(x):
         params = [p.contiguous() for p in params]
-        grad_x, g, gap = run(grad, x, kept, params)
-        totals = _weight_grads(g, (x, *kept[:2]), kept[3], widths(params))
-        return grad_x, _unfold(params, totals, gap)
+        grad_x, g, head = run(grad, x, kept, params)
+        partial = _weight_grads(g, (x, *kept[:2]), kept[3])
+        return grad_x, _sum(params, partial, head)
 
 
 def _fold(params: Sequence[Tensor], matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,12 +87,16 @@ def _fold(params: Sequence[Tensor], matrices: Tensor, dtype: torch.dtype) -> Ten
     return bias
 
 
-def _unfold(params: Sequence[Tensor], totals: Tensor, gap: Tensor) -> list[Tensor]:
-    """Gradients of the params from the totals of `_weight_grads` and those of the last layer."""
+def _sum(params: Sequence[Tensor], partial: Tensor, head: Tensor) -> list[Tensor]:
+    """Gradients of the params from the partial ones of `_weight_grads` and of the last layer."""
+    (parts, size), (count, programs) = partial.shape, head.shape
+    totals = partial.new_empty(size + count)
+    blocks = ceil_div(size, SUM["BLOCK_C"]) + count
+    _sum_kernel[(blocks,)](partial, head, totals, parts, size, programs, **SUM)
     grads = [torch.empty_like(p) for p in params]
     d, d2, d4 = widths(params)
     _unfold_kernel[(ceil_div(d, 16),)](
-        totals, gap, *params[:3], *grads, d, d2, d4, BLOCK_R=64, BLOCK_C=16, BLOCK=512
+        totals, *params[:3], *grads, d, d2, d4, BLOCK_R=64, BLOCK_C=16, BLOCK=512
     )
     return grads
 
@@ -100,9 +113,10 @@ def _parts(width: int, least: int) -> tuple[int, int, bool]:
     return largest, rest, width > largest
 
 
-def _chain_sides(options: dict[str, int], params: Sequence[Tensor]) -> dict[str, int | bool]:
+@lru_cache
+def _chain_sides(backward: bool, d: int, d2: int, d4: int) -> dict[str, int | bool]:
     """Launch parameters of a kernel of the chain."""
-    d, d2, d4 = widths(params)
+    options = BACKWARD if backward else FORWARD
     (ka, kb, split), (da, db, split2) = _parts(d, 16), _parts(d2, 16)
     block_n = min(options["BLOCK_N"], max(16, triton.next_power_of_2(d)))
     sides = {"SPLIT": split or split2, "KA": ka, "KB": kb, "DA": da, "DB": db}
@@ -116,7 +130,7 @@ def _forward_chain(
     rows, score = x.shape[0], x.new_empty(x.shape[0], dtype=torch.float32)
     *kept, matrices = empty_kept(x if keep else x[:0], params)
     bias = _fold(params, matrices, torch.float32)
-    sides = _chain_sides(FORWARD, params)
+    sides = _chain_sides(False, *widths(params))
     _forward_kernel[(ceil_div(rows, sides["BLOCK_M"]),)](
         x, matrices, bias, *params[8:], score, *kept, rows, eps, KEEP=keep, **sides
     )
@@ -126,15 +140,18 @@ def _forward_chain(
 def _backward_chain(
     grad: Tensor, x: Tensor, kept: Sequence[Tensor], params: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradient of x, those before the GELUs, and that of the gap between the last layer's rows."""
+    """Gradient of x, those before the GELUs, and sums for the gap between the last layer's rows.
+
+    The sums, (d4 + 1, programs), are still to be added up.
+    """
     grad_x, *g = (torch.empty_like(t) for t in (x, *kept[:3]))
-    sides = _chain_sides(BACKWARD, params)
+    sides = _chain_sides(True, *widths(params))
     programs = ceil_div(x.shape[0], sides["BLOCK_M"])
-    partial = x.new_empty((programs, sides["d4"] + 1), dtype=torch.float32)
+    head = x.new_empty((sides["d4"] + 1, programs), dtype=torch.float32)
     _backward_kernel[(programs,)](
-        grad, x, *kept, *params[8:], *g, grad_x, partial, x.shape[0], **sides
+        grad, x, *kept, *params[8:], *g, grad_x, head, x.shape[0], **sides
     )
-    return grad_x, g, partial.sum(0)
+    return grad_x, g, head
 
 
 def _matrices(flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,9 +203,9 @@ def _backward_layers(
     (p1, p2, p3, stats, matrices), (rows, d) = kept, x.shape
     d4, sides = params[6].shape[0], _row_sides(params[6].shape[0])
     programs = ceil_div(rows, sides["BLOCK_R"] * HEAD_TILES)
-    partial, g3 = x.new_empty((programs, d4 + 1), dtype=torch.float32), torch.empty_like(p3)
+    head, g3 = x.new_empty((d4 + 1, programs), dtype=torch.float32), torch.empty_like(p3)
     _head_grad_kernel[(programs,)](
-        grad, p3, *params[8:], g3, partial, rows, d4,
+        grad, p3, *params[8:], g3, head, rows, d4,
         TILES=HEAD_TILES, BLOCK_R=sides["BLOCK_R"], D4=sides["BLOCK_D"],
     )  # fmt: skip
     w1, w2, w3 = _matrices(matrices, params)
@@ -198,29 +215,35 @@ def _backward_layers(
     _standardise_grad_kernel[(ceil_div(rows, sides["BLOCK_R"]),)](
         x, stats, grad_x, rows, d, **sides
     )
-    return grad_x, [g1, g2, g3], partial.sum(0)
+    return grad_x, [g1, g2, g3], head
 
 
-def _weight_grads(
-    g: Sequence[Tensor], inputs: Sequence[Tensor], stats: Tensor, sides: tuple[int, int, int]
-) -> Tensor:
-    """Gradients of the three matrices, the first folded, then of the biases, in a row, float32.
+@lru_cache
+def _weight_sides(width_g: int, width: int) -> tuple[tuple[int, int], dict[str, int | bool]]:
+    """Blocks of columns and of rows of a matrix's gradient, and the kernel's launch parameters."""
+    options = next((options for most, options in WEIGHT_GRAD if width_g <= most), WIDER)
+    da, db, split = (WIDER_ROWS, 64, False) if options is WIDER else _parts(width_g, 64)
+    blocks = ceil_div(width, options["BLOCK_N"]), 1 if split else ceil_div(width_g, da)
+    sides = {"width_g": width_g, "width": width, "SPLIT": split, "DA": da, "DB": db}
+    return blocks, {**sides, **options}
+
+
+def _weight_grads(g: Sequence[Tensor], inputs: Sequence[Tensor], stats: Tensor) -> Tensor:
+    """Partial gradients (parts, ·) of the three matrices, the first folded, then of the biases.
 
     inputs: x, and the layers before their GELU.
     """
-    rows, sizes = stats.shape[0], [a.shape[1] * b.shape[1] for a, b in zip(g, inputs)]
-    block_m, block_n = WEIGHT_GRAD["BLOCK_M"], WEIGHT_GRAD["BLOCK_N"]
-    tiles = ceil_div(rows, block_m)
-    tiles = ceil_div(tiles, min(tiles, max(1, WEIGHT_PROGRAMS // ceil_div(sides[0], block_n))))
-    parts = ceil_div(rows, block_m * tiles)
-    partial = stats.new_empty((parts, sum(sizes) + sum(sides)))
-    out, bias = partial[0], partial[0, sum(sizes) :]
+    rows, most = stats.shape[0], CHAIN_PARTS if g[0].shape[1] <= CHAIN_MAX_D else LAYERS_PARTS
+    span = 64 * ceil_div(rows, 64 * most)  # tokens of a part
+    parts = ceil_div(rows, span)
+    widths_g, sizes = zip(*((a.shape[1], a.shape[1] * b.shape[1]) for a, b in zip(g, inputs)))
+    partial = stats.new_empty((parts, sum(sizes) + sum(widths_g)))
+    at, bias_at = 0, sum(sizes)
     for i, (gradient, source) in enumerate(zip(g, inputs)):
-        width_g, width = gradient.shape[1], source.shape[1]
-        da, db, split = _parts(width_g, 64)
-        _weight_grad_kernel[(ceil_div(width, block_n), parts)](
-            gradient, source, stats, out[sum(sizes[:i]) :], bias[sum(sides[:i]) :],
-            partial.stride(0), rows, tiles, width_g, width,
-            NORM=i == 0, SPLIT=split, DA=da, DB=db, num_warps=8 if da > 128 else 4, **WEIGHT_GRAD,
+        (columns, blocks), sides = _weight_sides(gradient.shape[1], source.shape[1])
+        _weight_grad_kernel[(columns, parts, blocks)](
+            gradient, source, stats, partial, at, bias_at, partial.shape[1], rows,
+            span // sides["BLOCK_M"], NORM=i == 0, **sides,
         )  # fmt: skip
-    return partial.sum(0)
+        at, bias_at = at + sizes[i], bias_at + widths_g[i]
+    return partial

@@ -94,16 +94,13 @@ def _last_layer(gap: tl.tensor, w4: tl.tensor, b4: tl.tensor, d4: tl.tensor, BLO
 
 @triton.jit
 def _unfold_kernel(
-    totals: tl.tensor, gap: tl.tensor, gain: tl.tensor, shift: tl.tensor, w1: tl.tensor,
+    totals: tl.tensor, gain: tl.tensor, shift: tl.tensor, w1: tl.tensor,
     grad_gain: tl.tensor, grad_shift: tl.tensor, grad_w1: tl.tensor, grad_b1: tl.tensor,
     grad_w2: tl.tensor, grad_b2: tl.tensor, grad_w3: tl.tensor, grad_b3: tl.tensor,
     grad_w4: tl.tensor, grad_b4: tl.tensor, d: tl.tensor, d2: tl.tensor, d4: tl.tensor,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the params from the totals: of the matrices, the first folded, and the biases.
-
-    gap: those of the gap between the rows of w4 and of b4.
-    """
+    """Gradients of the params from the totals of `_sum_kernel`."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     biases = totals + (d * d + d2 * d + d4 * d2)
     gain_here = tl.load(gain + cols, mask=cols < d, other=0.0).to(tl.float32)[None, :]
@@ -133,7 +130,7 @@ def _unfold_kernel(
     _copy(biases + d, grad_b2, d2, BLOCK)
     _copy(biases + (d + d2), grad_b3, d4, BLOCK)
     if tl.program_id(0) == 0:
-        _last_layer(gap, grad_w4, grad_b4, d4, BLOCK)
+        _last_layer(biases + (d + d2 + d4), grad_w4, grad_b4, d4, BLOCK)
 
 
 @triton.jit
@@ -233,9 +230,8 @@ def _head_grad(
 
 
 @triton.jit
-def _put_head_sums(
-    part: tl.tensor, j4: tl.tensor, d4: tl.tensor, for_w4: tl.tensor, for_b4: tl.tensor
-):
-    """The sums of `_head_grad`, one after another."""
-    tl.store(part + j4, for_w4, mask=j4 < d4)
-    tl.store(part + d4, for_b4)
+def _put_head_sums(partial: tl.tensor, j4: tl.tensor, d4: tl.tensor, w4: tl.tensor, b4: tl.tensor):
+    """This program's sums of `_head_grad`: a column of `partial` (d4 + 1, programs)."""
+    at = partial + tl.program_id(0)
+    tl.store(at + j4 * tl.num_programs(0), w4, mask=j4 < d4)
+    tl.store(at + d4 * tl.num_programs(0), b4)

@@ -141,7 +141,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Gradients g before the GELUs, and that of x.
 
-    The sums over the block's tokens for w4 and b4 are a row of `partial`.
+    The sums over the block's tokens for w4 and b4 are a column of `partial`.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     row, left = tl.arange(0, BLOCK_M), rows - first
@@ -151,7 +151,7 @@ def _backward_kernel(
     w2, w3 = w1 + d * d, w1 + d * d + d2 * d
     half = matrices.dtype.element_ty
     grad3, for_w4, for_b4 = _head_grad(grad + first, p3 + first * d4, w4, b4, row, left, j4, d4)
-    _put_head_sums(partial + tl.program_id(0).to(tl.int64) * (d4 + 1), j4, d4, for_w4, for_b4)
+    _put_head_sums(partial, j4, d4, for_w4, for_b4)
     grad3 = grad3.to(half)
     _put(g3 + first * d4, row, j4, left, d4, grad3)
     at = first * d2

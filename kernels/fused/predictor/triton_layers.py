@@ -99,5 +99,4 @@ def _head_grad_kernel(
         g, w4_sum, b4_sum = _head_grad(grad + first, p3 + first * d4, w4, b4, row, left, j4, d4)
         _put(g3 + first * d4, row, j4, left, d4, g)
         for_w4, for_b4 = for_w4 + w4_sum, for_b4 + b4_sum
-    part = partial + tl.program_id(0).to(tl.int64) * (d4 + 1)
-    _put_head_sums(part, j4, d4, for_w4, for_b4)
+    _put_head_sums(partial, j4, d4, for_w4, for_b4)
