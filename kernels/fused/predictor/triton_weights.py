@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of a layer, a product over all tokens: in parts, and their sum."""
+"""Triton kernels of the gradients of a layer, a product over all tokens: in parts, then added."""
 
 from __future__ import annotations
 
