@@ -17,6 +17,7 @@ PACKAGES = {
     "quadmamba.kernels.fused": "kernels/fused",
     "quadmamba.kernels.fused.dwconv_silu": "kernels/fused/dwconv_silu",
     "quadmamba.kernels.fused.layer_norm": "kernels/fused/layer_norm",
+    "quadmamba.kernels.fused.mlp": "kernels/fused/mlp",
     "quadmamba.kernels.fused.predictor": "kernels/fused/predictor",
     "quadmamba.data": "data",
     "quadmamba.utils": "utils",

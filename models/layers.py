@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quadmamba.kernels.fused import dwconv_silu, layer_norm
+from quadmamba.kernels.fused import add_layer_norm, dwconv_silu, layer_norm, linear, mlp
 
 NORM_EPS = 1e-5
+# What is still to be added to the residual stream: values, and a factor (b) of each sample or None
+Branch = tuple[Tensor, Tensor | None]
 
 
 def tag(param: nn.Parameter, decay: str) -> nn.Parameter:
@@ -39,6 +41,51 @@ class LayerNorm(nn.LayerNorm):
         if is_fused(x):
             return layer_norm(x, self.weight, self.bias, self.eps)
         return super().forward(x)
+
+
+class AddNorm(LayerNorm):
+    """Residual sum and LayerNorm, on a GPU in one pass: (x + branch, norm of it)."""
+
+    def forward(self, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor]:
+        if branch is None:
+            return x, super().forward(x)
+        if is_fused(x):
+            values, scale = branch
+            return add_layer_norm(x, values, self.weight, self.bias, scale, self.eps)
+        x = add(x, branch)
+        return x, super().forward(x)
+
+
+def add(x: Tensor, branch: Branch) -> Tensor:
+    """The residual stream x (b, h, w, c) with a branch added to it."""
+    values, scale = branch
+    if scale is None:
+        return x + values
+    return torch.addcmul(x, values, scale.to(values.dtype).view(-1, 1, 1, 1))
+
+
+class Linear(nn.Linear):
+    """Linear layer without a bias. (..., dim) -> (..., out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight) if is_fused(x) else super().forward(x)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear. (..., dim) -> the same."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_fused(x):
+            return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class GridConv2d(nn.Conv2d):

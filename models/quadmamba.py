@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from quadmamba.models.layers import Downsample, Head, LayerNorm, Stem, tag_rest
+from quadmamba.kernels.fused import cast_together
+from quadmamba.models.layers import (
+    AddNorm,
+    Branch,
+    Downsample,
+    Head,
+    Mlp,
+    Stem,
+    add,
+    is_fused,
+    tag_rest,
+)
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ScanOrder, build_order
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
 
 class Block(nn.Module):
-    """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))). (b, h, w, dim) -> the same."""
+    """Mixer and MLP, each behind a norm and beside the residual stream x (b, h, w, dim).
 
-    def __init__(self, dim: int, *, op: nn.Module, mlp_ratio: float, drop_path: float) -> None:
+    A branch is added to the stream at the norm that follows, in one pass with it, so a block begins
+    with the branch that the block before it left and leaves that of its MLP.
+    """
+
+    def __init__(self, dim: int, *, op: nn.Module, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm = LayerNorm(dim)
+        self.norm = AddNorm(dim)
         self.op = op
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = AddNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.op(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Tensor, branch: Branch | None, scales: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Branch]:
+        """The stream and the branch to be added to it; scales: drop path of mixer and MLP."""
+        x, normed = self.norm(x, branch)
+        x, normed = self.norm2(x, (self.op(normed), scales[0]))
+        return x, (self.mlp(normed), scales[1])
+
+    def matrices(self) -> list[Tensor]:
+        """The parameters that a step in half precision wants in half precision."""
+        layers = (self.op.in_proj, self.op.out_proj, self.mlp.fc1, self.mlp.fc2)
+        biases = (self.mlp.fc1.bias, self.mlp.fc2.bias)
+        return [self.op.ssm.x_proj_weight, *(layer.weight for layer in layers), *biases]
 
 
 class QuadMamba(nn.Module):
@@ -36,6 +61,7 @@ class QuadMamba(nn.Module):
     dims, depths, orders: channels, blocks and scan order (a key of `ORDERS`) of each stage.
     window: side of the windows of "window". ssm_ratio: inner over outer channels of the mixer.
     shift: roll the grid in every second block of a quadtree stage. tau: Gumbel temperature.
+    drop_path: stochastic depth of the last block; it grows linearly from 0.
     use_checkpoint: recompute blocks in the backward.
 
     Any H, W >= 1. In eval mode the output is a function of the input alone; in training mode
@@ -75,7 +101,9 @@ class QuadMamba(nn.Module):
         self.out_channels, self.in_chans = tuple(dims), in_chans
         self.num_classes, self.use_checkpoint = num_classes, use_checkpoint
         mixer = {"ssm_ratio": ssm_ratio, "d_state": d_state}
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        self.drop_path = drop_path
+        keep = 1 - torch.linspace(0, drop_path, sum(depths)).view(-1, 1, 1)
+        self.register_buffer("keep", keep, persistent=False)  # of each block
         self.stem = Stem(in_chans, dims[0])
         self.stages = nn.ModuleList()
         for i, order in enumerate(build_order(name, window) for name in orders):
@@ -84,7 +112,7 @@ class QuadMamba(nn.Module):
                 index = sum(depths[:i]) + j
                 sign = SHIFT_SIGNS[index // 2 % 4] if shift and j % 2 else None
                 op = _build_mixer(dims[i], order, sign, tau, mixer)
-                blocks.append(Block(dims[i], op=op, mlp_ratio=mlp_ratio, drop_path=rates[index]))
+                blocks.append(Block(dims[i], op=op, mlp_ratio=mlp_ratio))
             self.stages.append(blocks)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in zip(dims, dims[1:]))
         self.head = Head(dims[-1], num_classes)
@@ -104,21 +132,41 @@ class QuadMamba(nn.Module):
             raise ValueError(
                 f"QuadMamba: expected images (b, {self.in_chans}, H, W), got {tuple(x.shape)}"
             )
+        scales = iter(self._drop_path_scales(len(x)))
         x = self.stem(x)  # (b, h, w, c)
         grids = []
-        for i, blocks in enumerate(self.stages):
-            x = self.downsamples[i - 1](x) if i else x
-            for block in blocks:
-                if self.use_checkpoint and self.training:
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
-            grids.append(x)
+        with self._casting(x):
+            for i, blocks in enumerate(self.stages):
+                x = self.downsamples[i - 1](x) if i else x
+                branch: Branch | None = None
+                for block in blocks:
+                    if self.use_checkpoint and self.training:
+                        x, branch = checkpoint(block, x, branch, next(scales), use_reentrant=False)
+                    else:
+                        x, branch = block(x, branch, next(scales))
+                x = x if branch is None else add(x, branch)
+                grids.append(x)
         return grids
+
+    def _casting(self, x: Tensor) -> AbstractContextManager[None]:
+        """Casts the matrices of all blocks at once, where the fused ops want them in half."""
+        if not is_fused(x) or torch.compiler.is_compiling():
+            return nullcontext()
+        blocks = (block for stage in self.stages for block in stage)
+        return cast_together([p for block in blocks for p in block.matrices()], x)
+
+    def _drop_path_scales(self, batch: int) -> Sequence[Sequence[Tensor | None]]:
+        """For mixer and MLP of each block, factors (b): 0 for a dropped sample, else 1 / keep."""
+        if not (self.training and self.drop_path):
+            return [(None, None)] * len(self.keep)
+        kept = torch.rand(len(self.keep), 2, batch, device=self.keep.device) < self.keep
+        scales = kept / self.keep.clamp(min=1e-6)  # (blocks, 2, b)
+        return [pair.unbind() for pair in scales.unbind()]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this module."""
-        return f"num_classes={self.num_classes}, use_checkpoint={self.use_checkpoint}"
+        shown = ("num_classes", "drop_path", "use_checkpoint")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
 def _build_mixer(

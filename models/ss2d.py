@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadmamba.kernels import selective_scan
+from quadmamba.kernels.fused import linear
 from quadmamba.kernels.quadtree_scan import quadtree_scan
-from quadmamba.models.layers import DepthwiseSiLU, LayerNorm, tag
+from quadmamba.models.layers import DepthwiseSiLU, LayerNorm, Linear, is_fused, tag
 from quadmamba.models.orders import (
     QuadMaps,
     QuadtreeOrder,
@@ -59,6 +60,8 @@ class ScanParameters(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """[dt, B, C] of every token and route: (b, l, d) -> (b, l, k, r + 2n)."""
+        if is_fused(x):
+            return linear(x, self.x_proj_weight)
         return F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(
             -1, self.x_proj_weight.shape[:2]
         )
@@ -110,11 +113,11 @@ class SS2D(nn.Module):
         super().__init__()
         inner = int(dim * ssm_ratio)
         self.order = order
-        self.in_proj = nn.Linear(dim, inner, bias=False)
+        self.in_proj = Linear(dim, inner)
         self.conv = DepthwiseSiLU(inner)
         self.ssm = ScanParameters(self.routes, inner, d_state, dt_rank=math.ceil(dim / 16))
         self.out_norm = LayerNorm(inner)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.out_proj = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(self.in_proj(x))  # (b, h, w, d)

@@ -13,13 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from quadmamba.kernels.fused import (
     add_layer_norm,
     add_layer_norm_ref,
+    cast_together,
     dwconv_silu,
     dwconv_silu_ref,
     layer_norm,
     layer_norm_ref,
+    linear,
+    mlp,
+    mlp_ref,
     predictor_score,
     predictor_score_ref,
 )
+from quadmamba.kernels.fused.casts import cast
 
 # Half a unit in the last place of the dtype; float32: a few, for sums in another order.
 EPS = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
@@ -59,6 +64,26 @@ def predictor_case(shape):
     return {"x": torch.randn(shape), **params}
 
 
+def mlp_case(shape):
+    c, hidden = shape[-1], 2 * shape[-1] + 3
+    return {
+        "x": torch.randn(shape),
+        "weight1": 3 * c**-0.5 * torch.randn(hidden, c),
+        "bias1": torch.randn(hidden),
+        "weight2": hidden**-0.5 * torch.randn(c + 1, hidden),
+        "bias2": torch.randn(c + 1),
+    }
+
+
+def linear_case(shape):
+    return {"x": torch.randn(shape), "weight": torch.randn(3, 5, shape[-1])}
+
+
+def linear_ref(x, weight):
+    y = torch.nn.functional.linear(x, weight.flatten(0, 1).to(x.dtype))
+    return y.unflatten(-1, weight.shape[:2])
+
+
 def call_predictor(op, x, **params):
     return op(x, list(params.values()))
 
@@ -72,6 +97,8 @@ OPS = {  # name: op, reference, inputs, arguments that stay float32 and constant
         add_layer_norm_ref,
         partial(add_case, scaled=False),
     ),
+    "linear": (linear, linear_ref, linear_case),
+    "mlp": (mlp, mlp_ref, mlp_case),
     "predictor_score": (
         partial(call_predictor, predictor_score),
         partial(call_predictor, predictor_score_ref),
@@ -219,6 +246,10 @@ def test_opcheck(device):
     torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, torch.float32))
     args = (residual, x, weight, bias, scale, 1e-5, torch.float32)
     torch.library.opcheck(ops.add_layer_norm.default, args)
+    x, *params = tensors(mlp_case)
+    torch.library.opcheck(ops.mlp.default, (x, *params, *[p.detach() for p in params]))
+    x, weight = tensors(linear_case)
+    torch.library.opcheck(ops.linear.default, (x, weight, weight.detach()))
     tokens, *params = tensors(predictor_case)
     torch.library.opcheck(ops.predictor_score.default, (tokens, params, 1e-5, True))
     if device == "cuda":
@@ -252,7 +283,9 @@ def test_sliced_and_empty_inputs(name, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "predictor_score"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "linear", "mlp", "predictor_score"]
+)
 def test_autocast_chooses_the_dtype(name, device):
     op, _, make = OPS[name]
     inputs = {k: v.to(device) for k, v in make((2, 3, 2, 16)).items()}
@@ -268,6 +301,26 @@ def test_autocast_chooses_the_dtype(name, device):
         assert out[0].dtype == torch.float32, "the residual stream keeps its dtype"
 
 
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_copies_of_a_whole_model_are_found_and_change_nothing(name):
+    op, _, make = OPS[name]
+    x, *params = (v.requires_grad_() for v in make((2, 3, 16)).values())
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = op(x, *params)
+        with cast_together(params, x):
+            assert all(cast(p, torch.bfloat16) is cast(p, torch.bfloat16) for p in params)
+            together = op(x, *params)
+            with torch.no_grad():
+                params[0].zero_()
+            assert torch.equal(op(x, *params), alone), "the copy made at the begin counts"
+        assert not torch.equal(op(x, *params), alone)
+    assert torch.equal(together, alone)
+    grads = torch.autograd.grad(together.float().sum(), params)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    with cast_together(params, x):
+        assert cast(params[0], torch.float32).data_ptr() == params[0].data_ptr()
+
+
 def test_only_the_input_is_kept():
     x = torch.randn(2, 4, 4, 16, requires_grad=True)
     saved = []
@@ -276,6 +329,12 @@ def test_only_the_input_is_kept():
         dwconv_silu(x, torch.randn(16, 1, 3, 3))
         layer_norm(x, torch.ones(16), torch.zeros(16))
     assert {t.data_ptr() for t in saved if t.numel() > 256} == {x.data_ptr()}
+    saved.clear()
+    params = mlp_case(x.shape)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mlp(**{**params, "x": x})
+    shapes = [tuple(t.shape) for t in saved if t.dim() == x.dim()]
+    assert shapes == [(2, 4, 4, 16), (2, 4, 4, 35)], "x and the hidden values, once"
 
 
 def test_flops():
@@ -286,6 +345,14 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         predictor_score(x, predictor_params(16)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 32 * (16 * 16 + 16 * 8 + 8 * 4 + 4 * 2)
+
+    params = mlp_case((2, 4, 4, 16))
+    with FlopCounterMode(display=False) as counter:
+        mlp(**{**params, "x": x}).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 32 * (16 * 35 + 35 * 17)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, torch.randn(3, 5, 16)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 32 * 16 * 15
 
 
 def zeros(*shapes):
@@ -298,6 +365,10 @@ ERRORS = {  # call, arguments, message
     "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
     "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
     "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
+    "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
+    "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
+    "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),
+    "mlp_bias2": (mlp, zeros((3, 4), (8, 4), 8, (4, 8), 5), "weight2 of shape"),
     "predictor_count": (
         predictor_score,
         (torch.zeros(2, 8), predictor_params(8)[:-1]),
@@ -318,5 +389,6 @@ def test_missing_triton_is_loud(monkeypatch):
     from quadmamba.kernels.fused.launch import triton_kernels
 
     monkeypatch.setitem(sys.modules, "triton", None)
+    triton_kernels.cache_clear()
     with pytest.raises(RuntimeError, match="pip install triton"):
         triton_kernels("quadmamba.kernels.fused.layer_norm")

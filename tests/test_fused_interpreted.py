@@ -9,12 +9,21 @@ from functools import partial
 
 import pytest
 import torch
-from test_fused import add_case, call_predictor, dwconv_case, gradients, predictor_case, relative
+from test_fused import (
+    add_case,
+    call_predictor,
+    dwconv_case,
+    gradients,
+    mlp_case,
+    predictor_case,
+    relative,
+)
 
 from quadmamba.kernels.fused import (
     add_layer_norm_ref,
     dwconv_silu_ref,
     layer_norm_ref,
+    mlp_ref,
     predictor_score_ref,
 )
 
@@ -53,13 +62,15 @@ def test_interpreted_layer_norm(shape, scaled):
     scale = inputs.get("scale")
     truth = plain_gradients(add_layer_norm_ref, inputs, grad_total, grad)
     found = kernels.forward(inputs["x"], *params, inputs["residual"], scale)
-    found += kernels.backward(grad, found[0], *params[::2], torch.float32, grad_total, scale)
+    *grads, sums = kernels.backward(grad, found[0], *params[::2], torch.float32, grad_total, scale)
+    found = *found, *grads, *sums
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
     del inputs["residual"], inputs["x"]
     x = truth[0].detach()
     inputs = {"x": x, "weight": params[0], "bias": params[1]}
     truth = plain_gradients(layer_norm_ref, inputs, grad)
-    found = (kernels.forward(x, *params)[1], *kernels.backward(grad, x, *params[::2], x.dtype)[1:])
+    _, grad_x, sums = kernels.backward(grad, x, *params[::2], x.dtype)
+    found = kernels.forward(x, *params)[1], grad_x, *sums
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
 
 
@@ -72,6 +83,20 @@ def _range(monkeypatch):
         return range(*(b.handle.data.item() if hasattr(b, "handle") else b for b in bounds))
 
     monkeypatch.setattr(interpreter, "range", ends, raising=False)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(37, 7), (3, 19, 72), (0, 8)], ids=str)
+def test_interpreted_mlp(shape, monkeypatch):
+    from quadmamba.kernels.fused.mlp import ops, triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", 2)  # several tiles in a program
+    inputs, grad = mlp_case(shape), torch.randn(*shape[:-1], shape[-1] + 1)
+    truth = plain_gradients(mlp_ref, inputs, grad)
+    x, *params = inputs.values()
+    y, hidden = ops._mlp.kernels["cuda"](x, *params, *params)
+    found = (y, *ops._mlp_backward.kernels["cuda"](grad, x, hidden, *params[::2], torch.float32))
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
 
 
 @interpreted

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
-from quadmamba.models import QuadMamba, build_model, ss2d
+from quadmamba.models import QuadMamba, build_model, layers, quadmamba, quadtree, ss2d
 from quadmamba.models.orders import ORDERS, QuadtreeOrder
 from quadmamba.models.quadtree import quadrant_logits, select_quadrant
 from quadmamba.models.ss2d import QuadSS2D, ScanParameters
@@ -140,6 +140,21 @@ def test_every_gradient_agrees_with_finite_differences(order, monkeypatch):
             assert numeric.item() == pytest.approx(analytic.item(), rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_fused_ops_make_the_same_model(order, monkeypatch):
+    """As on a GPU, with the CPU implementations of the ops."""
+    model, image = tiny(order, drop_path=0.5).train(), torch.randn(4, 3, 40, 48)
+    results = []
+    for fused in (False, True):
+        for module in (layers, quadmamba, quadtree, ss2d):
+            monkeypatch.setattr(module, "is_fused", lambda _x, fused=fused: fused)
+        torch.manual_seed(3)
+        logits = model(image)
+        grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        results.append((logits.detach(), *grads))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", ["quadtree", "release"])
 def test_the_predictor_learns(order):
     torch.manual_seed(0)
@@ -157,6 +172,37 @@ def test_recomputed_blocks_draw_the_same_noise():
         model(torch.randn(4, 3, 64, 64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_drop_path_drops_samples_and_keeps_the_mean(rate):
+    torch.manual_seed(0)
+    model = tiny(drop_path=rate).train()
+    scales = model._drop_path_scales(4000)
+    assert len(scales) == 6
+    if rate == 0:
+        assert scales == [(None, None)] * 6
+        return
+    for i, pair in enumerate(scales):
+        keep = 1 - rate * i / 5
+        for scale in pair:
+            kept = scale[scale > 0]
+            torch.testing.assert_close(kept, torch.full_like(kept, 1 / max(keep, 1e-6)))
+            assert scale.count_nonzero() / 4000 == pytest.approx(keep, abs=0.03)
+    assert not torch.equal(*scales[3]), "mixer and MLP are dropped independently"
+    assert model.eval()._drop_path_scales(4) == [(None, None)] * 6
+
+
+def test_a_dropped_sample_passes_a_block_unchanged():
+    model = tiny().eval()
+    x, block = torch.randn(2, 4, 4, 8), model.stages[0][0]
+    scale = torch.tensor([0.0, 2.0])
+    total, branch = block(x, None, (scale, scale))
+    total = layers.add(total, branch)
+    assert torch.equal(total[0], x[0])
+    after_op = x + 2 * block.op(block.norm(x, None)[1])
+    truth = after_op + 2 * block.mlp(block.norm2(after_op, None)[1])
+    torch.testing.assert_close(total[1], truth[1])
 
 
 @pytest.mark.parametrize("order", ORDERS)

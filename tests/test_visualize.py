@@ -103,7 +103,7 @@ def test_views_hold_the_scores_and_leave_the_model_as_it_was():
     assert all(torch.equal(a.score, b.score) for a, b in zip(views, again))
     with torch.no_grad():
         op, block = model.stages[0][0].op, model.stages[0][0]
-        x = op.conv(op.in_proj(block.norm(model.stem(images))))
+        x = op.conv(op.in_proj(block.norm(model.stem(images), None)[1]))
         assert torch.equal(views[0].score, op.predictor(x))
     assert views[0].score.std() > 0
 

@@ -1,5 +1,6 @@
 """Fused Triton ops around the scan; each is the PyTorch reference for CPU tensors."""
 
+from quadmamba.kernels.fused.casts import cast_together
 from quadmamba.kernels.fused.dwconv_silu import dwconv_silu, dwconv_silu_ref
 from quadmamba.kernels.fused.layer_norm import (
     add_layer_norm,
@@ -7,15 +8,21 @@ from quadmamba.kernels.fused.layer_norm import (
     layer_norm,
     layer_norm_ref,
 )
+from quadmamba.kernels.fused.linear import linear
+from quadmamba.kernels.fused.mlp import mlp, mlp_ref
 from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_ref",
+    "cast_together",
     "dwconv_silu",
     "dwconv_silu_ref",
     "layer_norm",
     "layer_norm_ref",
+    "linear",
+    "mlp",
+    "mlp_ref",
     "predictor_score",
     "predictor_score_ref",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ MAX_PARTIALS = (
 )  # rows of partial sums: enough to fill the largest GPUs, few enough to add up
 
 
+@cache
 def triton_kernels(package: str, module: str = "triton") -> ModuleType:
     """The module of a kernel package that launches its Triton kernels, imported on first use.
 
@@ -52,3 +54,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def empty_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty contiguous tensor of the shape of `like`."""
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product a b in float32, or float64; sums of half precision are not rounded to it."""
+    if a.dtype == torch.float64:
+        return a @ b
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)

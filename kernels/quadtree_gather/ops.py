@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import triton_kernels
 from quadmamba.kernels.quadtree_gather.checks import check_decision_grad, check_gather
 from quadmamba.kernels.quadtree_gather.reference import (
@@ -105,7 +106,7 @@ def _check_dtype(*tensors: Tensor) -> None:
             )
 
 
-@torch.library.custom_op("quadmamba::quadtree_gather", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::quadtree_gather")
 def _gather(
     src: Tensor,
     decision: Tensor,
@@ -153,9 +154,7 @@ def _gather_fake(
     return torch.empty_like(src, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "quadmamba::quadtree_gather_backward", mutates_args=(), device_types="cuda"
-)
+@triton_op("quadmamba::quadtree_gather_backward")
 def _gather_backward(
     grad: Tensor,
     src: Tensor,
@@ -226,7 +225,7 @@ def _gather_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _gather.register_autograd(_gather_autograd, setup_context=_save_inputs)
 
 
-@torch.library.custom_op("quadmamba::quadtree_decision_grad", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::quadtree_decision_grad")
 def _decision_grad(
     values: list[Tensor],
     gathered: list[Tensor],

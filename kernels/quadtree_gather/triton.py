@@ -12,16 +12,16 @@ A row with weight 0 is not read, so an image with a one-hot decision costs one r
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.launch import ceil_div
 
 BLOCK_L, SUMS_BLOCK_L, BLOCK_D, WARPS = 16, 32, 64, 4
 
 
-@triton.jit(do_not_specialize=["l", "blocks"])
+@jit(do_not_specialize=["l", "blocks"])
 def _two_source_kernel(
     src: tl.tensor, other: tl.tensor, out: tl.tensor, partial: tl.tensor, decision: tl.tensor,
     first: tl.tensor, second: tl.tensor, quadrant: tl.tensor, l: tl.tensor, d: tl.tensor,
@@ -62,7 +62,7 @@ def _two_source_kernel(
             tl.store(partial + pid * 4 + q, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["l", "blocks"])
+@jit(do_not_specialize=["l", "blocks"])
 def _decision_grad_kernel(
     tokens: tl.tuple, gathered: tl.tuple, widths: tl.tuple, partial: tl.tensor, choice: tl.tensor,
     tables: tl.tensor, fine: tl.tensor, coarse: tl.tensor, quadrant: tl.tensor, l: tl.tensor,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quadmamba.kernels import selective_scan
+from quadmamba.kernels.dispatch import EagerOp
 from quadmamba.kernels.quadtree_gather import decision_grad
 from quadmamba.kernels.quadtree_gather.checks import check_gather
 from quadmamba.kernels.quadtree_scan.reference import quadtree_scan_ref
@@ -62,7 +63,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the states that the backward pass starts from, and the selected row of `tables`."""
     select = decision.argmax(1, keepdim=True).to(torch.int32)  # (b, 1)
-    y, states = torch.ops.selective_scan.route_scan_fwd(
+    y, states = selective_scan.route_ops.route_scan_fwd(
         x, proj, dt_weight, dt_bias, A, D, tables, select, _REVERSE_BITS, False
     )
     return y, states, select
@@ -80,7 +81,7 @@ def _backward(ctx, dy, dstates, dselect) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
     x, proj, *parameters, tables, fine, coarse, quadrant, y, states, select = ctx.saved_tensors
-    dx, dproj, *grads = torch.ops.selective_scan.route_scan_bwd(
+    dx, dproj, *grads = selective_scan.route_ops.route_scan_bwd(
         dy, x, proj, *parameters, tables, select, states, _REVERSE_BITS
     )
     ddecision = None
@@ -90,6 +91,8 @@ def _backward(ctx, dy, dstates, dselect) -> tuple[Tensor | None, ...]:
     return dx, dproj, ddecision, *grads, None, None, None, None
 
 
-_quadtree_scan = torch.library.custom_op("quadmamba::quadtree_scan", _scan, mutates_args=())
-_quadtree_scan.register_fake(_scan)
-_quadtree_scan.register_autograd(_backward, setup_context=_setup_context)
+_op = torch.library.custom_op("quadmamba::quadtree_scan", _scan, mutates_args=())
+_op.register_fake(_scan)
+_op.register_autograd(_backward, setup_context=_setup_context)
+_quadtree_scan = EagerOp(_op, {"cpu": _scan, "cuda": _scan})
+_quadtree_scan.differentiate(_backward, _setup_context)

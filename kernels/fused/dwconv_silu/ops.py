@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.dwconv_silu.reference import (
     check_dwconv,
     dwconv_silu_grad_ref,
@@ -29,7 +30,7 @@ def dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
     return _dwconv_silu(x, weight)
 
 
-@torch.library.custom_op("quadmamba::dwconv_silu", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::dwconv_silu")
 def _dwconv_silu(x: Tensor, weight: Tensor) -> Tensor:
     check_half_or_single("dwconv_silu", x)
     return triton_kernels(__package__).forward(x.contiguous(), weight.contiguous())
@@ -46,7 +47,7 @@ def _dwconv_silu_fake(x: Tensor, weight: Tensor) -> Tensor:
     return empty_rows(x)
 
 
-@torch.library.custom_op("quadmamba::dwconv_silu_backward", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::dwconv_silu_backward")
 def _dwconv_silu_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     check_half_or_single("dwconv_silu", x)
     kernels = triton_kernels(__package__)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.launch import ceil_div
 
 BLOCK_W = 8  # columns of a block
@@ -109,7 +110,7 @@ def _sigmoid(x: tl.tensor):
     return root * root
 
 
-@triton.jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
+@jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
 def _conv_kernel(
     x: tl.tensor, weight: tl.tensor, grad: tl.tensor, out: tl.tensor, h: tl.tensor, w: tl.tensor,
     d: tl.tensor, rows: tl.tensor, blocks_y: tl.tensor, blocks_x: tl.tensor, blocks_d: tl.tensor,
@@ -146,7 +147,7 @@ def _conv_kernel(
         y += 1
 
 
-@triton.jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
+@jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
 def _adjoint_kernel(
     grad: tl.tensor, weight: tl.tensor, x: tl.tensor, grad_x: tl.tensor, partial: tl.tensor,
     h: tl.tensor, w: tl.tensor, d: tl.tensor, rows: tl.tensor, blocks_y: tl.tensor,

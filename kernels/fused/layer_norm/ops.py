@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import (
     check_half_or_single,
     compute_dtype,
@@ -55,7 +56,7 @@ def add_layer_norm(
     return _add_layer_norm(residual, x, weight, bias, scale, eps, out_dtype or compute_dtype(x))
 
 
-@torch.library.custom_op("quadmamba::layer_norm", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::layer_norm")
 def _layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype
 ) -> Tensor:
@@ -81,10 +82,10 @@ def _layer_norm_fake(
     return empty_rows(x, out_dtype)
 
 
-@torch.library.custom_op("quadmamba::layer_norm_backward", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::layer_norm_backward")
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     check_half_or_single("layer_norm", grad, x)
     kernels = triton_kernels(__package__)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
@@ -94,17 +95,16 @@ def _layer_norm_backward(
 @_layer_norm_backward.register_kernel("cpu")
 def _layer_norm_backward_cpu(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     grad_x, *grad_params = layer_norm_grad_ref(grad, x, weight, eps)
-    return grad_x.view(x.shape).to(x.dtype, copy=True), *(g.to(weight.dtype) for g in grad_params)
+    return grad_x.view(x.shape).to(x.dtype, copy=True), torch.stack(grad_params).to(weight.dtype)
 
 
 @_layer_norm_backward.register_fake
 def _layer_norm_backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = empty_rows(x)
-    return grad_x, torch.empty_like(weight), torch.empty_like(weight)
+) -> tuple[Tensor, Tensor]:
+    return empty_rows(x), weight.new_empty((2, *weight.shape))
 
 
 def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -114,14 +114,15 @@ def _save_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _layer_norm_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, grad_weight, grad_bias = _layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
+    grad_x, grad_params = _layer_norm_backward(grad, *ctx.saved_tensors, ctx.eps)
+    grad_weight, grad_bias = grad_params.unbind()
     return grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None
 
 
 _layer_norm.register_autograd(_layer_norm_autograd, setup_context=_save_layer_norm)
 
 
-@torch.library.custom_op("quadmamba::add_layer_norm", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::add_layer_norm")
 def _add_layer_norm(
     residual: Tensor,
     x: Tensor,
@@ -167,7 +168,7 @@ def _add_layer_norm_fake(
     return empty_rows(residual), empty_rows(x, out_dtype)
 
 
-@torch.library.custom_op("quadmamba::add_layer_norm_backward", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::add_layer_norm_backward")
 def _add_layer_norm_backward(
     grad_total: Tensor,
     grad: Tensor,
@@ -176,7 +177,7 @@ def _add_layer_norm_backward(
     scale: Tensor | None,
     eps: float,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_half_or_single("add_layer_norm", grad_total, grad, total)
     scale = None if scale is None else scale.contiguous()
     grad, total, weight = grad.contiguous(), total.contiguous(), weight.contiguous()
@@ -193,12 +194,12 @@ def _add_layer_norm_backward_cpu(
     scale: Tensor | None,
     eps: float,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_sum, *grad_params = layer_norm_grad_ref(grad, total, weight, eps)
     grad_sum = grad_sum.view(total.shape) + grad_total
     grad_x = grad_sum if scale is None else grad_sum * scale.view(-1, *[1] * (total.dim() - 1))
     grads = grad_sum.to(total.dtype), grad_x.to(x_dtype, copy=True)
-    return *grads, *(g.to(weight.dtype) for g in grad_params)
+    return *grads, torch.stack(grad_params).to(weight.dtype)
 
 
 @_add_layer_norm_backward.register_fake
@@ -210,9 +211,9 @@ def _add_layer_norm_backward_fake(
     scale: Tensor | None,
     eps: float,
     x_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = empty_rows(total), empty_rows(total, x_dtype)
-    return *grads, torch.empty_like(weight), torch.empty_like(weight)
+    return *grads, weight.new_empty((2, *weight.shape))
 
 
 def _save_add_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -225,9 +226,10 @@ def _add_layer_norm_autograd(
     ctx: Any, grad_total: Tensor, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     total, weight, scale = ctx.saved_tensors
-    grad_residual, grad_x, grad_weight, grad_bias = _add_layer_norm_backward(
+    grad_residual, grad_x, grad_params = _add_layer_norm_backward(
         grad_total, grad, total, weight, scale, ctx.eps, ctx.x_dtype
     )
+    grad_weight, grad_bias = grad_params.unbind()
     return grad_residual, grad_x, grad_weight, grad_bias.to(ctx.bias_dtype), None, None, None
 
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.launch import MAX_PARTIALS, ceil_div
 
 TILE, WARPS = 2048, 4  # elements of a program's tile
@@ -25,7 +26,7 @@ def _centre(x: tl.tensor, inside: tl.tensor, d: tl.tensor, eps: tl.tensor):
     return centred, tl.rsqrt(tl.sum(centred * centred, 1) / d + eps)
 
 
-@triton.jit(do_not_specialize=["rows", "per_sample"])
+@jit(do_not_specialize=["rows", "per_sample"])
 def _forward_kernel(
     x: tl.tensor, residual: tl.tensor, scale: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     total: tl.tensor, out: tl.tensor, rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor,
@@ -52,10 +53,10 @@ def _forward_kernel(
     tl.store(out + at, normed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "per_sample"])
+@jit(do_not_specialize=["rows", "per_sample"])
 def _backward_kernel(
     grad: tl.tensor, grad_total: tl.tensor, x: tl.tensor, scale: tl.tensor, weight: tl.tensor,
-    grad_residual: tl.tensor, grad_x: tl.tensor, partial_gain: tl.tensor, partial_shift: tl.tensor,
+    grad_residual: tl.tensor, grad_x: tl.tensor, partial: tl.tensor,
     rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor, eps: tl.tensor,
     ADD: tl.constexpr, SCALE: tl.constexpr, TILES: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -84,9 +85,9 @@ def _backward_kernel(
         tl.store(grad_x + at, result.to(grad_x.dtype.element_ty), mask=inside)
         grad_gain += g * normed
         grad_shift += g
-    part = tl.program_id(0).to(tl.int64) * d + cols
-    tl.store(partial_gain + part, tl.sum(grad_gain, 0), mask=cols < d)
-    tl.store(partial_shift + part, tl.sum(grad_shift, 0), mask=cols < d)
+    part = partial + tl.program_id(0).to(tl.int64) * 2 * d + cols
+    tl.store(part, tl.sum(grad_gain, 0), mask=cols < d)
+    tl.store(part + d, tl.sum(grad_shift, 0), mask=cols < d)
 
 
 def _sides(d: int, tile: int) -> dict[str, int]:
@@ -136,8 +137,8 @@ def backward(
     x_dtype: torch.dtype,
     grad_total: Tensor | None = None,
     scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x (of `x_dtype`), weight and bias; x is the total where there is one.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of residual, x (of `x_dtype`), and [weight, bias] (2, d); x is the total, if any.
 
     grad, grad_total: gradients of the norm and of the total. Without `grad_total` there is no
     residual and its gradient is empty. All contiguous. Partial sums add up in a fixed order.
@@ -149,14 +150,13 @@ def backward(
     rows = x.numel() // max(d, 1)
     tiles = triton.next_power_of_2(ceil_div(rows, sides["BLOCK_R"] * MAX_PARTIALS) or 1)
     programs = ceil_div(rows, sides["BLOCK_R"] * tiles)
-    partials = [x.new_empty((programs, d), dtype=torch.float32) for _ in range(2)]
+    partial = x.new_empty((programs, 2, d), dtype=torch.float32)
     if x.numel():
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
-                grad, grad_total, x, scale, weight, grad_residual, grad_x, *partials,
+                grad, grad_total, x, scale, weight, grad_residual, grad_x, partial,
                 rows, rows // x.shape[0], d, eps,
                 ADD=add, SCALE=scale is not None, TILES=tiles, **sides,
                 num_warps=_warps(sides, GRAD_WARPS),
             )  # fmt: skip
-    grad_weight, grad_bias = (p.sum(0).to(weight.dtype) for p in partials)
-    return grad_residual, grad_x, grad_weight, grad_bias
+    return grad_residual, grad_x, partial.sum(0).to(weight.dtype)

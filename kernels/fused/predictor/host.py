@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quadmamba.kernels.fused.jit import Kernel
 from quadmamba.kernels.fused.launch import ceil_div
 from quadmamba.kernels.fused.predictor.reference import empty_kept, widths
 from quadmamba.kernels.fused.predictor.triton import _fold_kernel, _unfold_kernel
@@ -168,7 +169,7 @@ def _row_sides(width: int) -> dict[str, int]:
     return {"BLOCK_R": max(1, TILE // block_d), "BLOCK_D": block_d}
 
 
-def _flat(kernel: triton.JITFunction, *tensors: Tensor) -> Tensor:
+def _flat(kernel: Kernel, *tensors: Tensor) -> Tensor:
     """Launch an elementwise kernel on tensors of one size; returns the last, where it writes."""
     size = tensors[0].numel()
     kernel[(ceil_div(size, TILE),)](*tensors, size, BLOCK=TILE)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import (
     check_half_or_single,
     compute_dtype,
@@ -49,7 +50,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-@torch.library.custom_op("quadmamba::predictor_score", mutates_args=(), device_types="cuda")
+@triton_op("quadmamba::predictor_score")
 def _predictor_score(
     x: Tensor, params: list[Tensor], eps: float, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -77,9 +78,7 @@ def _predictor_score_fake(
     return score, empty_kept(x, params) if keep and _takes_triton(x) else []
 
 
-@torch.library.custom_op(
-    "quadmamba::predictor_score_backward", mutates_args=(), device_types="cuda"
-)
+@triton_op("quadmamba::predictor_score_backward")
 def _predictor_score_backward(
     grad: Tensor, x: Tensor, kept: list[Tensor], params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:

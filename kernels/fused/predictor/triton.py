@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quadmamba.kernels.fused.jit import jit
+
 
 @triton.jit
 def _put_matrix(
@@ -30,7 +32,7 @@ def _put_matrix(
     tl.store(transposed + cols * rows + i, w, mask=cols < width)
 
 
-@triton.jit
+@jit()
 def _fold_kernel(
     gain: tl.tensor, shift: tl.tensor, w1: tl.tensor, b1: tl.tensor, w2: tl.tensor, b2: tl.tensor,
     w3: tl.tensor, b3: tl.tensor, out: tl.tensor, bias: tl.tensor, d: tl.tensor, d2: tl.tensor,
@@ -92,7 +94,7 @@ def _last_layer(gap: tl.tensor, w4: tl.tensor, b4: tl.tensor, d4: tl.tensor, BLO
     tl.store(b4 + 1, value)
 
 
-@triton.jit
+@jit()
 def _unfold_kernel(
     totals: tl.tensor, gain: tl.tensor, shift: tl.tensor, w1: tl.tensor,
     grad_gain: tl.tensor, grad_shift: tl.tensor, grad_w1: tl.tensor, grad_b1: tl.tensor,

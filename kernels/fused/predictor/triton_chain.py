@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.predictor.triton import (
     _gelu,
     _head,
@@ -72,7 +73,7 @@ def _times(
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x: tl.tensor, matrices: tl.tensor, bias: tl.tensor, w4: tl.tensor, b4: tl.tensor,
     score: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, stats: tl.tensor,
@@ -129,7 +130,7 @@ def _gelu_grad(
     return grad
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad: tl.tensor, x: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, stats: tl.tensor,
     matrices: tl.tensor, w4: tl.tensor, b4: tl.tensor, g1: tl.tensor, g2: tl.tensor,

@@ -5,9 +5,9 @@ Each reads and writes every tensor once.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.predictor.triton import (
     _gelu,
     _head,
@@ -22,7 +22,7 @@ from quadmamba.kernels.fused.predictor.triton import (
 )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _standardise_kernel(
     x: tl.tensor, normed: tl.tensor, stats: tl.tensor, rows: tl.tensor, d: tl.tensor,
     eps: tl.tensor, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -38,7 +38,7 @@ def _standardise_kernel(
     _put_stats(stats + 2 * first, row, left, mean, rstd)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _standardise_grad_kernel(
     x: tl.tensor, stats: tl.tensor, grad: tl.tensor, rows: tl.tensor, d: tl.tensor,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -53,7 +53,7 @@ def _standardise_grad_kernel(
     _put(grad + first * d, row, cols, left, d, (g - mean - value * along) * rstd)
 
 
-@triton.jit
+@jit()
 def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at, left = tl.arange(0, BLOCK), size - first
@@ -61,7 +61,7 @@ def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.cons
     tl.store(act + first + at, value.to(act.dtype.element_ty), mask=at < left)
 
 
-@triton.jit
+@jit()
 def _gelu_grad_kernel(pre: tl.tensor, grad: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     """Gradient of pre over that of its GELU."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -71,7 +71,7 @@ def _gelu_grad_kernel(pre: tl.tensor, grad: tl.tensor, size: tl.tensor, BLOCK: t
     tl.store(grad + first + at, value.to(grad.dtype.element_ty), mask=at < left)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _head_kernel(
     p3: tl.tensor, w4: tl.tensor, b4: tl.tensor, score: tl.tensor, rows: tl.tensor, d4: tl.tensor,
     BLOCK_R: tl.constexpr, D4: tl.constexpr,
@@ -84,7 +84,7 @@ def _head_kernel(
     tl.store(score + first + row, _score(z), mask=row < left)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _head_grad_kernel(
     grad: tl.tensor, p3: tl.tensor, w4: tl.tensor, b4: tl.tensor, g3: tl.tensor,
     partial: tl.tensor, rows: tl.tensor, d4: tl.tensor,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.predictor.triton import _gelu, _put, _stats, _tile
 
 
-@triton.jit(do_not_specialize=["rows", "tiles"])
+@jit(do_not_specialize=["rows", "tiles"])
 def _weight_grad_kernel(
     g: tl.tensor, source: tl.tensor, stats: tl.tensor, partial: tl.tensor, out_at: tl.tensor,
     bias_at: tl.tensor, stride: tl.tensor, rows: tl.tensor, tiles: tl.tensor,
@@ -54,7 +54,7 @@ def _weight_grad_kernel(
             tl.store(part + bias_at + jb, tl.max(sum_b, 1), mask=jb < width_g)
 
 
-@triton.jit(do_not_specialize=["parts", "programs"])
+@jit(do_not_specialize=["parts", "programs"])
 def _sum_kernel(
     partial: tl.tensor, head: tl.tensor, totals: tl.tensor, parts: tl.tensor, size: tl.tensor,
     programs: tl.tensor, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,

@@ -17,7 +17,8 @@
 namespace scan::route::lane {
 
 constexpr int kRows = 16;       // positions of a chunk
-constexpr int kMaxGroup = 3;    // warps of one direction in a block
+constexpr int kMaxGroup = 3;    // strips of a block
+constexpr int kMaxRelay = 2;    // warps that take turns at a strip's chunks
 constexpr int kMaxTiles = 6;    // of 8 ranks
 constexpr int kSumTiles = 2;    // up to so many the gradient of dt_weight is summed here, else dz is written for it
 
@@ -66,13 +67,13 @@ struct Params {
   const float *A, *D;     // (k, d)
   const int* tables;      // (t, l)
   const int* select;      // (b, k / 2) or (1, k / 2)
-  float* states;          // (b, k, chunks - 1, d): what enters each chunk but the first of the walk
+  float* states;          // (b, k, slots, d): what enters each chunk of the walk but the first
   void* y;                // (b, l, d); dx in the backward pass
   const void* dy;         // (b, l, d)
   void* dproj;            // (b, l, k, m), or with several slabs (slabs, b, l, k, m) in float32
   void* dz;               // (b, l, k, d), or none
-  float* dweights;        // (b, k, d, columns): sums over an image: dt_weight (or none of it), dt_bias, D, A
-  int b, l, d, k, r, m, chunks, strips, group, slabs, columns;
+  float* dweights;        // (b relay, k, d, columns): a warp's sums: dt_weight (or none of it), dt_bias, D, A
+  int b, l, d, k, r, m, chunks, slots, strips, group, relay, slabs, columns;
   int select_row;         // k / 2, or 0 where one row serves all images
 };
 
@@ -140,10 +141,15 @@ struct alignas(16) Memory {
   Tile<T, kC> x[2], sum;  // x by the number of the step; sum: the output so far, then the new one
 };
 
+// What a chunk makes of the state (x state + y), by the number of the step modulo 2. Lies behind the memories of the
+// block's warps where they take turns.
+template <int kC>
+using Turn = float2[2][Shape<kC, 1>::kWidth];
+
 // ---- where a warp is ----
 
 struct Walk {
-  int image, direction, strip, lane, channel;
+  int image, direction, strip, turn, lane, channel;
   bool active;  // whether the lane's channels exist
 };
 
@@ -152,13 +158,15 @@ struct Step {
   int pair, index, number;
 };
 
+// Warps: directions, then strips, then turns.
 __device__ __forceinline__ Walk make_walk(const Params& p, int width) {
   Walk w;
   const int warp = threadIdx.x / kWarp;
   w.lane = threadIdx.x % kWarp;
+  w.turn = warp % p.relay;
   w.image = blockIdx.x / p.slabs;
-  w.direction = warp / p.group;
-  w.strip = blockIdx.x % p.slabs * p.group + warp % p.group;
+  w.direction = warp / (p.group * p.relay);
+  w.strip = blockIdx.x % p.slabs * p.group + warp / p.relay % p.group;
   w.channel = w.strip * width + w.lane * (width / kWarp);
   w.active = w.channel < p.d;
   return w;
@@ -175,12 +183,12 @@ __device__ __forceinline__ int chunk_of(const Params& p, const Walk& w, const St
 __device__ __forceinline__ int position_of(const Params& p, const Walk& w, const Step& s, int j) {
   return chunk_of(p, w, s) * kRows + (w.direction ? kRows - 1 - j : j);
 }
-// Whether all positions exist; only the table's last chunk can lack some.
+// Whether all positions exist; only the table's last chunks can lack some.
 __device__ __forceinline__ bool is_whole(const Params& p, const Walk& w, const Step& s) {
   return (chunk_of(p, w, s) + 1) * kRows <= p.l;
 }
 // Chunks of the table that the forward direction takes before the barrier in the middle.
-__device__ __forceinline__ int middle(const Params& p) { return p.chunks / 2; }
+__device__ __forceinline__ int middle(const Params& p) { return p.chunks / (2 * p.relay) * p.relay; }
 
 // Where the numbers of a channel and a route lie in A, D and the sums.
 __device__ __forceinline__ int64_t channel_of(const Params& p, const Walk& w, const Step& s) {
@@ -188,172 +196,10 @@ __device__ __forceinline__ int64_t channel_of(const Params& p, const Walk& w, co
 }
 __device__ __forceinline__ int64_t states_of(const Params& p, const Walk& w, const Step& s) {
   const int64_t row = static_cast<int64_t>(w.image) * p.k + route_of(p, w, s);
-  return (row * (p.chunks - 1) + s.index - 1) * p.d + w.channel;
+  return (row * p.slots + s.index - 1) * p.d + w.channel;
 }
 __device__ __forceinline__ int64_t proj_row(const Params& p, const Walk& w, const Step& s, int token) {
   return (static_cast<int64_t>(w.image) * p.l + token) * p.k + route_of(p, w, s);
-}
-
-// ---- rows between the device's memory and a warp's ----
-
-__device__ __forceinline__ void copy_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// Waits for all copies but the last `kLeft` groups of them.
-template <int kLeft>
-__device__ __forceinline__ void wait_async() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-  __syncwarp();
-}
-__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// The tokens of a step, in the order of the walk; a position past the end has the table's last token.
-template <typename M>
-__device__ __forceinline__ void fetch_tokens(const Params& p, const Walk& w, const Step& s, M& memory) {
-  if (w.lane < kRows) {
-    const int row = p.select[static_cast<int64_t>(w.image) * p.select_row + s.pair];
-    const int position = min(position_of(p, w, s, w.lane), p.l - 1);
-    copy_word(&memory.tokens[s.number % 4][w.lane], p.tables + static_cast<int64_t>(row) * p.l + position);
-  }
-}
-
-// The step's rows of proj: two lanes a row, pairs of numbers where their count is even.
-template <typename T, typename M>
-__device__ __forceinline__ void fetch_proj(const Params& p, const Walk& w, const Step& s, M& memory) {
-  const int row = w.lane / 2, odd = w.lane % 2;
-  const T* from = static_cast<const T*>(p.proj) + proj_row(p, w, s, memory.tokens[s.number % 4][row]) * p.m;
-  T* to = memory.rows[s.number % 2][row];
-  if (p.m % 2 == 0) {
-    for (int i = 2 * odd; i < p.m; i += 4) copy_word(to + i, from + i);
-  } else {
-    for (int i = odd; i < p.m; i += 2) to[i] = from[i];
-  }
-}
-
-// Calls f(row, channel of the strip, address in the device's memory) for each 16 bytes of a tile that this lane moves;
-// rows are stride numbers apart.
-template <int kC, typename T, typename M, typename Function>
-__device__ __forceinline__ void each_part(const Params& p, const Walk& w, const Step& s, const M& memory, T* image,
-                                          int64_t stride, Function&& f) {
-  constexpr int kParts = 4 * kC;  // of a row
-  const int part = w.lane % kParts * 8;
-  if (w.strip * 32 * kC + part >= p.d) return;
-#pragma unroll
-  for (int i = 0; i < kRows * kParts / kWarp; ++i) {
-    const int row = i * (kWarp / kParts) + w.lane / kParts;
-    f(row, part, image + memory.tokens[s.number % 4][row] * stride + part);
-  }
-}
-
-template <int kC, typename T, typename M>
-__device__ __forceinline__ void fetch_tile(const Params& p, const Walk& w, const Step& s, const M& memory,
-                                           const T* image, Tile<T, kC>& to) {
-  each_part<kC>(p, w, s, memory, image, p.d, [&](int row, int part, const T* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to[row][part])), "l"(from)
-                 : "memory");
-  });
-}
-
-// row(j): the numbers of position j in shared memory. Positions past the end are not stored.
-template <int kC, typename T, typename M, typename Rows>
-__device__ __forceinline__ void store_tile(const Params& p, const Walk& w, const Step& s, const M& memory,
-                                           Rows&& row_at, T* image, int64_t stride) {
-  const bool whole = is_whole(p, w, s);
-  each_part<kC>(p, w, s, memory, image, stride, [&](int row, int part, T* to) {
-    if (whole || position_of(p, w, s, row) < p.l) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&row_at(row)[part]);
-    }
-  });
-}
-
-// A lane's numbers in a row of a tile.
-template <int kC, typename T>
-__device__ __forceinline__ Raw<T, kC>& lane_of(T (&row)[32 * kC], int lane) {
-  return reinterpret_cast<Raw<T, kC>*>(row)[lane];
-}
-
-// Numbers that an absent lane or a product reads without ever having been written must be finite.
-template <typename M>
-__device__ __forceinline__ void clear(M& memory) {
-  int* words = reinterpret_cast<int*>(&memory);
-  for (int i = threadIdx.x % kWarp; i < static_cast<int>(sizeof(M) / 4); i += kWarp) words[i] = 0;
-  __syncwarp();
-}
-
-// ---- z and the gates of a chunk, for all lanes of the warp ----
-
-// This lane's fragments of the weights that give z.
-__device__ __forceinline__ const uint4* weights_of(const Params& p, const Walk& w, const Step& s, int count) {
-  const int64_t strip = static_cast<int64_t>(route_of(p, w, s)) * p.strips + w.strip;
-  return p.expand + strip * count * kWarp + w.lane;
-}
-
-// z without the bias; minus infinity, where delta vanishes and the state stays as it is, past the end of the table.
-// weight(i): fragment i of the lane.
-template <typename T, int kC, int kK, typename M, typename Weights>
-__device__ __forceinline__ void expand(const Params& p, const Walk& w, const Step& s, M& memory, Weights&& weight) {
-  using S = Shape<kC, kK>;
-  const int g = w.lane / 4, q = w.lane % 4;
-  const T(&rows)[kRows][S::kPitch] = memory.rows[s.number % 2];
-  unsigned a[kK][4];
-#pragma unroll
-  for (int k = 0; k < kK; ++k) load_matrix(a[k], &rows[w.lane % 16][16 * k + w.lane / 16 * 8]);
-#pragma unroll
-  for (int t = 0; t < S::kTiles; ++t) {
-    float c[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int k = 0; k < kK; ++k) {
-      const uint4 b = weight(t * kK + k);
-      mma16<T>(c, a[k], b.z, b.w);
-      mma16<T>(c, a[k], b.x, b.y);
-    }
-    *reinterpret_cast<float2*>(&memory.z[g][8 * t + 2 * q]) = make_float2(c[0], c[1]);
-    *reinterpret_cast<float2*>(&memory.z[g + 8][8 * t + 2 * q]) = make_float2(c[2], c[3]);
-  }
-  if (w.lane < kRows) {
-    const T* gates = rows[w.lane] + p.r;
-    memory.gates[w.lane] = make_float2(to_float(gates[0]) * kLn2, to_float(gates[1]));
-  }
-  __syncwarp();
-  if (!is_whole(p, w, s)) {
-    for (int j = 0; j < kRows; ++j) {
-      if (position_of(p, w, s, j) < p.l) continue;
-#pragma unroll
-      for (int c = 0; c < kC; ++c) memory.z[j][kC * w.lane + c] = -INFINITY;
-    }
-  }
-}
-
-// ---- what a lane holds of its route ----
-
-template <int kC>
-struct Route {
-  float bias[kC], A[kC], D[kC], carry[kC];  // carry: the state, or its adjoint
-};
-
-template <int kC>
-__device__ __forceinline__ Route<kC> make_route(const Params& p, const Walk& w, const Step& s) {
-  Route<kC> r;
-  const int64_t at = channel_of(p, w, s), padded = static_cast<int64_t>(p.strips) * 32 * kC;
-  load_floats<kC>(p.bias + route_of(p, w, s) * padded + w.channel, true, r.bias);
-  load_floats<kC>(p.A + at, w.active, r.A);
-  load_floats<kC>(p.D + at, w.active, r.D);
-#pragma unroll
-  for (int c = 0; c < kC; ++c) r.carry[c] = 0.f;
-  return r;
-}
-
-// Calls f with the sizes (channels a lane, tiles of 8 ranks) as types.
-template <typename Function>
-void with_shape(int channels, int ranks, Function&& f) {
-  const auto with_ranks = [&](auto c) {
-    if (ranks <= 1) return f(c, std::integral_constant<int, 1>{});
-    if (ranks <= 2) return f(c, std::integral_constant<int, 2>{});
-    if (ranks <= 4) return f(c, std::integral_constant<int, 4>{});
-    return f(c, std::integral_constant<int, kMaxTiles>{});
-  };
-  channels == 1 ? with_ranks(std::integral_constant<int, 1>{}) : with_ranks(std::integral_constant<int, 2>{});
 }
 
 // ---- launches (lane_forward.cu, lane_backward.cu, lane_pack.cu) ----

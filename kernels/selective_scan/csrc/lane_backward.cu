@@ -1,6 +1,6 @@
 // Backward pass of the route scan with a lane for each channel or two: the states that enter the chunks come from the
 // forward pass, everything else is computed again. lane.cuh says how.
-#include "lane.cuh"
+#include "lane_stage.cuh"
 
 namespace scan::route::lane {
 namespace {
@@ -27,10 +27,14 @@ struct Sums {
   float bias[kC], D[kC], A[kC];
 };
 
-// The step before, as the backward pass goes: a route's chunks from the last to the first, then the next pair.
-__device__ __forceinline__ Step next(const Params& p, Step s) {
+// How many chunks of the route come before, as the backward pass goes: from the last to the first.
+__device__ __forceinline__ int done(const Params& p, const Step& s) { return p.chunks - 1 - s.index; }
+
+// The warp's next chunk: its route's, then the next pair's.
+__device__ __forceinline__ Step next(const Params& p, const Walk& w, Step s) {
   ++s.number;
-  if (--s.index < 0) s.index = p.chunks - 1, ++s.pair;
+  s.index -= p.relay;
+  if (s.index < 0) s.index = p.chunks - 1 - w.turn, ++s.pair;
   return s;
 }
 
@@ -88,11 +92,36 @@ __device__ __forceinline__ void walk_up(const Walk& w, const Step& s, M& memory,
   }
 }
 
+// What a chunk makes of the adjoint that crosses its end, for the warps that take turns.
+template <typename T, int kC, typename M>
+__device__ __forceinline__ void pass_on(const Params& p, const Walk& w, const Step& s, M& memory, Route<kC>& r,
+                                        float (&enter)[kC]) {
+  float factor[kC], gain[kC];
+#pragma unroll
+  for (int c = 0; c < kC; ++c) factor[c] = 1.f, gain[c] = 0.f;
+#pragma unroll
+  for (int j = kRows - 1; j >= 0; --j) {
+    float dy[kC];
+    unpack<T>(lane_of<kC>(memory.dy[j], w.lane), dy);
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      const float decay = fast_exp2(memory.z[j][kC * w.lane + c] * r.A[c]);
+      factor[c] *= decay;
+      gain[c] = decay * fmaf(memory.gates[j].y, dy[c], gain[c]);
+    }
+  }
+  relay<kC>(p, w, s, memory, r, factor, gain, enter);
+}
+
 // The adjoint over a chunk: dx is added to what memory.sum holds, dz takes the place of L, and the gradients of B and C
 // of each position, summed over the warp's channels, go to `part`.
 template <typename T, int kC, int kN, typename M>
-__device__ __forceinline__ void walk_down(const Walk& w, const Step& s, M& memory, Route<kC>& r,
+__device__ __forceinline__ void walk_down(const Params& p, const Walk& w, const Step& s, M& memory, Route<kC>& r,
                                           const float (&kept)[kRows][kC], Sums<kC, kN>& sums) {
+  float adjoint[kC];
+#pragma unroll
+  for (int c = 0; c < kC; ++c) adjoint[c] = r.carry[c];
+  if (p.relay > 1) pass_on<T, kC>(p, w, s, memory, r, adjoint);
 #pragma unroll
   for (int half = 1; half >= 0; --half) {
     float v[2 * kHalf];
@@ -109,8 +138,8 @@ __device__ __forceinline__ void walk_down(const Walk& w, const Step& s, M& memor
 #pragma unroll
       for (int c = 0; c < kC; ++c) {
         const float length = memory.z[j][kC * w.lane + c];
-        const float gradient = fmaf(gate.y, dy[c], r.carry[c]);  // of the state
-        r.carry[c] = fast_exp2(length * r.A[c]) * gradient;
+        const float gradient = fmaf(gate.y, dy[c], adjoint[c]);  // of the state
+        adjoint[c] = fast_exp2(length * r.A[c]) * gradient;
         const float scaled = gradient * length, drive = x[c] * gate.x;
         const float rate = fmaf(r.A[c] * kLn2, kept[j][c], drive);
         dz[c] = gradient * rate * (1.f - fast_exp2(-length));
@@ -135,6 +164,10 @@ __device__ __forceinline__ void walk_down(const Walk& w, const Step& s, M& memor
     const float sum = sum_lanes<2 * kHalf>(v, w.lane);
     const bool of_B = w.lane % 4 < 2;
     if (w.lane % 2 == 0) memory.part_of(s)[half * kHalf + w.lane / 4][M::kGates + !of_B] = of_B ? sum * kLn2 : sum;
+  }
+  if (p.relay == 1) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) r.carry[c] = adjoint[c];
   }
 }
 
@@ -180,22 +213,22 @@ __device__ __forceinline__ void sum_weights(const Walk& w, const Step& s, M& mem
 
 // Waits for the warps of the same direction.
 __device__ __forceinline__ void meet(const Params& p, const Walk& w) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + w.direction), "r"(p.group * kWarp) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + w.direction), "r"(p.group * p.relay * kWarp) : "memory");
 }
 
 // The rows of dproj of a chunk: the sum of the parts of the direction's warps, in their order.
 template <typename T, typename M>
 __device__ __forceinline__ void write_proj(const Params& p, const Walk& w, const Step& s, const M* memories) {
-  const int warp = threadIdx.x / kWarp % p.group, row = w.lane / 2;
-  const M* own = memories + w.direction * p.group;
+  const int warp = threadIdx.x / kWarp / p.relay % p.group, row = w.lane / 2;
+  const M* own = memories + w.direction * p.group * p.relay + w.turn;  // every relay-th is at the same chunk
   meet(p, w);
   if (position_of(p, w, s, row) >= p.l) return;
-  const int64_t at = proj_row(p, w, s, own[warp].tokens[s.number % 4][row]) * p.m;
+  const int64_t at = proj_row(p, w, s, own[warp * p.relay].tokens[s.number % 4][row]) * p.m;
   const int64_t slab = static_cast<int64_t>(blockIdx.x % p.slabs) * p.b * p.l * p.k * p.m;
   for (int i = w.lane % 2 + 2 * warp; i < p.m; i += 2 * p.group) {
     const int column = i < p.r ? i : i - p.r + M::kGates;
     float sum = 0.f;
-    for (int other = 0; other < p.group; ++other) sum += own[other].part_of(s)[row][column];
+    for (int other = 0; other < p.group; ++other) sum += own[other * p.relay].part_of(s)[row][column];
     if (p.slabs == 1) {
       static_cast<T*>(p.dproj)[at + i] = from_float<T>(sum);
     } else {
@@ -204,12 +237,12 @@ __device__ __forceinline__ void write_proj(const Params& p, const Walk& w, const
   }
 }
 
-// Writes the image's sums of a route; no other warp has these channels.
+// Writes the warp's sums of a route.
 template <int kC, int kN>
 __device__ __forceinline__ void write_sums(const Params& p, const Walk& w, const Step& s, const Sums<kC, kN>& sums) {
   constexpr int kTiles = Sums<kC, kN>::kTiles;
   const int ranks = p.columns - 3, g = w.lane / 4, q = w.lane % 4;
-  const int64_t row = (static_cast<int64_t>(w.image) * p.k + route_of(p, w, s)) * p.d;
+  const int64_t row = ((static_cast<int64_t>(w.image) * p.relay + w.turn) * p.k + route_of(p, w, s)) * p.d;
 #pragma unroll
   for (int c = 0; c < kC; ++c) {
     if (!w.active) break;
@@ -243,7 +276,7 @@ __device__ __forceinline__ void clear_tail(const Params& p, const Walk& w, const
 }
 
 template <typename T, int kC, int kN>
-__global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kernel(const __grid_constant__ Params p) {
   using M = BackwardMemory<T, kC, kN>;
   constexpr int kK = (kN + 1) / 2;
   extern __shared__ __align__(16) char shared[];
@@ -258,16 +291,15 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const
   const int first = w.direction ? middle(p) : p.chunks - middle(p);  // chunks before the barrier
   const int pairs = p.k / 2;
   clear(memory);
-  Step step{0, p.chunks - 1, 0};
+  Step step{0, p.chunks - 1 - w.turn, 0};
   // Whether a gradient lies there already: of an earlier pair, or of the other direction, which came first.
-  const auto done = [&](const Step& s) { return p.chunks - 1 - s.index; };
-  const auto again = [&](const Step& s) { return s.pair > 0 || done(s) >= first; };
+  const auto again = [&](const Step& s) { return s.pair > 0 || done(p, s) >= first; };
   const auto fetch = [&](const Step& s) {
     fetch_proj<T>(p, w, s, memory);
     fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
   };
   fetch_tokens(p, w, step, memory);
-  if (next(p, step).pair < pairs) fetch_tokens(p, w, next(p, step), memory);
+  if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
   commit_async();
   wait_async<0>();
   fetch(step);
@@ -275,9 +307,9 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   Route<kC> r;
   Sums<kC, kN> sums;
-  for (; step.pair < pairs; step = next(p, step)) {
-    if (done(step) == 0) r = make_route<kC>(p, w, step), sums = {};
-    if (done(step) == first) __syncthreads();
+  for (; step.pair < pairs; step = next(p, w, step)) {
+    if (done(p, step) == w.turn) r = make_route<kC>(p, w, step), sums = {};
+    if (done(p, step) == first + w.turn) __syncthreads();
     // Used when the copies have come; asked for now, so that they come meanwhile.
     uint4 weights[kFragments];
     float state[kC];
@@ -288,7 +320,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const
     if (again(step)) fetch_tile<kC>(p, w, step, memory, dx, memory.sum);
     commit_async();
     wait_async<1>();
-    const Step after = next(p, step), later = next(p, after);
+    const Step after = next(p, w, step), later = next(p, w, after);
     if (after.pair < pairs) fetch(after);
     if (later.pair < pairs) fetch_tokens(p, w, later, memory);
     commit_async();
@@ -309,7 +341,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const
       for (int i = 0; i < 2 * kC * kN; ++i) back[i] = __ldg(p.contract + (strip * 2 * kC * kN + i) * kWarp + w.lane);
     };
     if (kN <= kSumTiles) load_back();  // else there are no registers to spare
-    walk_down<T, kC, kN>(w, step, memory, r, kept, sums);
+    walk_down<T, kC, kN>(p, w, step, memory, r, kept, sums);
     if (kN > kSumTiles) load_back();
     __syncwarp();
     store_tile<kC>(p, w, step, memory, [&](int j) -> auto& { return memory.sum[j]; }, dx, p.d);
@@ -321,7 +353,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) backward_kernel(const
                      dz + static_cast<int64_t>(route_of(p, w, step)) * p.d, static_cast<int64_t>(p.k) * p.d);
     }
     write_proj<T>(p, w, step, memories);
-    if (step.index == 0) {
+    if (step.index < p.relay) {
       write_sums<kC, kN>(p, w, step, sums);
       if (first == p.chunks) __syncthreads();
       __syncthreads();
@@ -335,10 +367,10 @@ template <typename T>
 void launch_backward(const Params& p, int channels, int ranks, cudaStream_t stream) {
   with_shape(channels, ranks, [&](auto c, auto n) {
     constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
-    const int bytes = 2 * p.group * sizeof(BackwardMemory<T, kC, kN>);
+    const int warps = 2 * p.group * p.relay, bytes = shared_bytes<kC, BackwardMemory<T, kC, kN>>(p);
     auto* kernel = &backward_kernel<T, kC, kN>;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
-    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), 2 * p.group * kWarp, bytes, stream>>>(p);
+    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), warps * kWarp, bytes, stream>>>(p);
     check_launch(kOp);
   });
 }

@@ -1,7 +1,7 @@
 // The route scan with a lane for each channel or two: which inputs take it, allocation, how the work is split.
 #include "lane.cuh"
 
-#include <cstdlib>
+#include <array>
 
 namespace scan::route {
 namespace {
@@ -17,16 +17,12 @@ Tensor aligned_rows(const Tensor& tensor) {
   return fits ? tensor : torch::stable::clone(tensor);
 }
 
-int64_t chunks_of(const Sizes& s) { return ceil_div(s.l, lane::kRows); }
-
 struct Split {
   int channels, ranks;  // channels of a lane; tiles of 8 ranks, rounded up to what the kernels are built for
 };
 
 Split make_split(const Sizes& s) {
-  const char* forced = std::getenv("SCAN_C");
-  int channels = s.d % 64 == 0 ? 2 : 1;
-  if (forced) channels = std::atoi(forced);
+  const int channels = s.d % 64 == 0 ? 2 : 1;
   const auto ranks = static_cast<int>(ceil_div(s.r, 8));
   return {channels, ranks <= 2 ? ranks : ranks <= 4 ? 4 : lane::kMaxTiles};
 }
@@ -39,8 +35,11 @@ lane::Params make_params(const Inputs& in, const Split& split, int most, Tensor&
   lane::Params p{};
   const int width = 32 * split.channels, steps = (split.ranks + 1) / 2;
   p.b = s.b, p.l = s.l, p.d = s.d, p.k = s.k, p.r = s.r, p.m = s.m;
-  p.chunks = chunks_of(s);
+  p.slots = ceil_div(s.l, lane::kRows);
   p.strips = ceil_div(s.d, width);
+  // Where there are few warps for the GPU, two take turns at each strip.
+  p.relay = 2 * s.b * p.strips <= 8 * sm_count(in.x, kOp) ? lane::kMaxRelay : 1;
+  p.chunks = ceil_div(p.slots, p.relay) * p.relay;
   for (p.group = std::min(p.strips, most); p.strips % p.group;) --p.group;
   p.slabs = p.strips / p.group;
   SCAN_CHECK(s.b * p.slabs <= INT32_MAX, kOp, "expected fewer than 2^31 blocks, got ", s.b * p.slabs,
@@ -65,7 +64,7 @@ Tensor weight_gradient(const Tensor& dz, const Tensor& proj, const Sizes& s) {
   const Tensor left = torch::stable::transpose(torch::stable::view(dz, {rows, s.k, s.d}), 0, 1);
   const Tensor all = torch::stable::view(proj, {rows, s.k, s.m});
   Tensor dt = torch::stable::transpose(all, 0, 1);
-  dt = torch::stable::narrow(dt, 2, 0, s.r);
+  dt = torch::stable::contiguous(torch::stable::narrow(dt, 2, 0, s.r));  // else cuBLAS takes a slow kernel
   std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::transpose(left, 1, 2)),
                                     torch::stable::detail::from(dt), torch::stable::detail::from(kFloat)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "dtype", stack.data(), TORCH_ABI_VERSION));
@@ -81,7 +80,6 @@ void dispatch_half(ScalarType dtype, Function&& f) {
 
 bool takes_lanes(const Inputs& in, bool out_float) {
   const auto& s = in.size;
-  if (std::getenv("SCAN_OLD")) return false;
   return in.both_ways() && in.x.scalar_type() != kFloat && !out_float && s.n == 1 && s.d % 8 == 0 &&
          s.r <= 8 * lane::kMaxTiles;
 }
@@ -91,12 +89,11 @@ ForwardResult forward_lanes(const Inputs& given) {
   const auto& s = in.size;
   in.x = aligned_rows(in.x), in.proj = aligned_rows(in.proj);
   const Tensor y = empty_like_on(in.x, {s.b, s.l, s.d}, in.x.scalar_type());
-  const Tensor states = empty_like_on(in.x, {s.b, s.k, std::max<int64_t>(chunks_of(s) - 1, 0), s.d}, kFloat);
+  const Tensor states = empty_like_on(in.x, {s.b, s.k, ceil_div(s.l, lane::kRows), s.d}, kFloat);
   if (y.numel() == 0) return {y, states};
   const Split split = make_split(s);
   Tensor scratch;
-  const char* forced = std::getenv("SCAN_GF");
-  lane::Params p = make_params(in, split, forced ? std::atoi(forced) : 3, scratch);
+  lane::Params p = make_params(in, split, lane::kMaxGroup, scratch);
   p.y = data<void>(y);
   p.states = data<float>(states);
   dispatch_half(in.x.scalar_type(), [&](auto tag) {
@@ -123,12 +120,12 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
 
   const Split split = make_split(s);
   Tensor scratch, parts, dz;
-  const char* forced = std::getenv("SCAN_GB");
-  lane::Params p = make_params(in, split, forced ? std::atoi(forced) : 3, scratch);
+  // With the most ranks, smaller blocks: two of them fit into a multiprocessor's shared memory.
+  lane::Params p = make_params(in, split, split.ranks > 4 ? 2 : lane::kMaxGroup, scratch);
   const bool writes_dz = split.ranks > lane::kSumTiles;
   const int64_t ranks = writes_dz ? 0 : s.r;
   p.columns = static_cast<int>(ranks + 3);
-  const Tensor dweights = empty_like_on(in.x, {s.b, s.k, s.d, p.columns}, kFloat);
+  const Tensor dweights = empty_like_on(in.x, {int64_t{p.b} * p.relay, s.k, s.d, p.columns}, kFloat);
   p.y = data<void>(dx);
   p.dy = data<void>(gradient);
   p.states = data<float>(borders);
@@ -152,11 +149,9 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
     const auto stream = current_stream(in.x);
     lane::launch_pack<T>(data<float>(in.weight), data<float>(in.bias), p, split.channels, split.ranks, stream);
     lane::launch_backward<T>(p, split.channels, split.ranks, stream);
-    launch_sums<T>(sizes, to, p.b, stream);
+    launch_sums<T>(sizes, to, p.b * p.relay, stream);
   });
-  if (writes_dz) {
-    dweight = weight_gradient(dz, in.proj, s);
-  }
+  if (writes_dz) dweight = weight_gradient(dz, in.proj, s);
   return {dx, dproj, dweight, dbias, dA, dD};
 }
 

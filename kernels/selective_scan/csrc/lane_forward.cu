@@ -1,19 +1,22 @@
 // Forward pass of the route scan with a lane for each channel or two; lane.cuh says how.
-#include "lane.cuh"
+#include "lane_stage.cuh"
 
 namespace scan::route::lane {
 namespace {
 
-__device__ __forceinline__ Step next(const Params& p, Step s) {
+// The warp's next chunk: its route's, then the next pair's.
+__device__ __forceinline__ Step next(const Params& p, const Walk& w, Step s) {
   ++s.number;
-  if (++s.index == p.chunks) s.index = 0, ++s.pair;
+  s.index += p.relay;
+  if (s.index >= p.chunks) s.index = w.turn, ++s.pair;
   return s;
 }
 
 // One chunk: the route's output is added to what memory.sum holds. First all that the positions have of their own, then
 // the recurrence, by when the sum has come.
 template <typename T, int kC, typename M>
-__device__ __forceinline__ void walk_chunk(const Walk& w, const Step& s, M& memory, Route<kC>& r, bool again) {
+__device__ __forceinline__ void walk_chunk(const Params& p, const Walk& w, const Step& s, M& memory, Route<kC>& r,
+                                           bool again) {
   float decay[kRows][kC], gain[kRows][kC], y[kRows][kC];
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
@@ -39,21 +42,42 @@ __device__ __forceinline__ void walk_chunk(const Walk& w, const Step& s, M& memo
       for (int c = 0; c < kC; ++c) y[j][c] += sum[c];
     }
   }
+  float state[kC];
+#pragma unroll
+  for (int c = 0; c < kC; ++c) state[c] = r.carry[c];
+  if (p.relay > 1) {
+    float factor[kC], sum[kC];
+#pragma unroll
+    for (int c = 0; c < kC; ++c) {
+      factor[c] = 1.f, sum[c] = 0.f;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) factor[c] *= decay[j][c], sum[c] = fmaf(decay[j][c], sum[c], gain[j][c]);
+    }
+    relay<kC>(p, w, s, memory, r, factor, sum, state);
+  }
+  if (s.index > 0 && w.active) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) p.states[states_of(p, w, s) + c] = state[c];
+  }
 #pragma unroll
   for (int j = 0; j < kRows; ++j) {
     const float C = memory.gates[j].y;
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      r.carry[c] = fmaf(decay[j][c], r.carry[c], gain[j][c]);
-      y[j][c] = fmaf(C, r.carry[c], y[j][c]);
+      state[c] = fmaf(decay[j][c], state[c], gain[j][c]);
+      y[j][c] = fmaf(C, state[c], y[j][c]);
     }
+  }
+  if (p.relay == 1) {
+#pragma unroll
+    for (int c = 0; c < kC; ++c) r.carry[c] = state[c];
   }
 #pragma unroll
   for (int j = 0; j < kRows; ++j) lane_of<kC>(memory.sum[j], w.lane) = pack<T>(y[j]);
 }
 
 template <typename T, int kC, int kN>
-__global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) forward_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kernel(const __grid_constant__ Params p) {
   constexpr int kK = (kN + 1) / 2;
   extern __shared__ __align__(16) char shared[];
   auto& memory = reinterpret_cast<Memory<T, kC, kK>*>(shared)[threadIdx.x / kWarp];
@@ -64,9 +88,9 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) forward_kernel(const 
   const int first = w.direction ? p.chunks - middle(p) : middle(p);  // chunks before the barrier
   const int pairs = p.k / 2;
   clear(memory);
-  Step step{0, 0, 0};
+  Step step{0, w.turn, 0};
   fetch_tokens(p, w, step, memory);
-  if (next(p, step).pair < pairs) fetch_tokens(p, w, next(p, step), memory);
+  if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
   commit_async();
   wait_async<0>();
   // Whether an output lies there already: of an earlier pair, or of the other direction, which came first.
@@ -80,31 +104,26 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kWarp, 2) forward_kernel(const 
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   uint4 weights[kFragments];
   Route<kC> r;
-  for (; step.pair < pairs; step = next(p, step)) {
-    if (step.index == 0) {
-      r = make_route<kC>(p, w, step);
+  for (; step.pair < pairs; step = next(p, w, step)) {
+    if (step.index == w.turn) r = make_route<kC>(p, w, step);
+    if (step.index == w.turn || kK > 1) {  // kept where there are registers for them
 #pragma unroll
-      for (int i = 0; i < kFragments; ++i) weights[i] = weights_of(p, w, step, kFragments)[i * kWarp];
+      for (int i = 0; i < kFragments; ++i) weights[i] = __ldg(weights_of(p, w, step, kFragments) + i * kWarp);
     }
-    if (step.index == first) __syncthreads();
+    if (step.index == first + w.turn) __syncthreads();
     if (again(step)) fetch_tile<kC>(p, w, step, memory, y, memory.sum);
     commit_async();
     wait_async<1>();
-    const Step after = next(p, step), later = next(p, after);
+    const Step after = next(p, w, step), later = next(p, w, after);
     if (after.pair < pairs) fetch(after);
     if (later.pair < pairs) fetch_tokens(p, w, later, memory);
     commit_async();
     expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
-    if (step.index > 0 && w.active) {
-      float* state = p.states + states_of(p, w, step);
-#pragma unroll
-      for (int c = 0; c < kC; ++c) state[c] = r.carry[c];
-    }
-    walk_chunk<T, kC>(w, step, memory, r, again(step));
+    walk_chunk<T, kC>(p, w, step, memory, r, again(step));
     __syncwarp();
     store_tile<kC>(p, w, step, memory, [&](int j) -> auto& { return memory.sum[j]; }, y, p.d);
     __syncwarp();
-    if (step.index == p.chunks - 1) {
+    if (step.index + p.relay >= p.chunks) {
       if (first == p.chunks) __syncthreads();
       __syncthreads();
     }
@@ -117,10 +136,10 @@ template <typename T>
 void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream) {
   with_shape(channels, ranks, [&](auto c, auto n) {
     constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
-    const int bytes = 2 * p.group * sizeof(Memory<T, kC, (kN + 1) / 2>);
+    const int warps = 2 * p.group * p.relay, bytes = shared_bytes<kC, Memory<T, kC, (kN + 1) / 2>>(p);
     auto* kernel = &forward_kernel<T, kC, kN>;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
-    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), 2 * p.group * kWarp, bytes, stream>>>(p);
+    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), warps * kWarp, bytes, stream>>>(p);
     check_launch(kOp);
   });
 }

@@ -5,7 +5,7 @@ The schemas and the CPU and CUDA kernels are in csrc/route*.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import library
 from .checks import check_route_scan
+from .eager import EagerOp, compiled_kernel
 from .reference import route_scan_ref
 
 _FORWARD, _BACKWARD = "route_scan_fwd", "route_scan_bwd"
@@ -63,7 +64,7 @@ def route_scan(
     if not library.use_kernel("route_scan", x, KERNELS):
         return route_scan_ref(*inputs, flags).to(out_dtype or full)
     bits = sum(flag << i for i, flag in enumerate(flags))
-    y = torch.ops.selective_scan.route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
+    y = route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
     return y.to(out_dtype or full)  # a copy only where autocast widened x
 
 
@@ -93,7 +94,7 @@ def _states_shape(x, dt_weight, n, select, out_float) -> tuple[int, ...]:
     k, _, r = dt_weight.shape
     in_half = x.dtype != torch.float32 and not out_float
     if x.is_cuda and in_half and select.shape[1] != k and n == 1 and d % 8 == 0 and r <= _MAX_RANK:
-        return b, k, max(-(-l // _ROWS) - 1, 0), d
+        return b, k, -(-l // _ROWS), d
     return b, k, max(-(-l // _CHUNK) - 1, 0), n, d
 
 
@@ -116,7 +117,7 @@ def _backward(ctx, dy, dstates) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if dy is None:
         return (None,) * 10
-    dx, dproj, *parameters = torch.ops.selective_scan.route_scan_bwd(dy, *tensors, ctx.reverse)
+    dx, dproj, *parameters = route_scan_bwd(dy, *tensors, ctx.reverse)
     given = tensors[2:6]
     parameters = [grad.to(tensor.dtype) for grad, tensor in zip(parameters, given)]
     return dx, dproj, *parameters, None, None, None, None
@@ -156,5 +157,12 @@ def _register() -> None:
     register_flop_formula(ops.route_scan_bwd)(_backward_flops)
 
 
+def _eager_op(name: str, cast: Callable[..., tuple] | None = None) -> EagerOp:
+    op = getattr(torch.ops.selective_scan, name)
+    return EagerOp(op, dict.fromkeys(KERNELS, compiled_kernel(op.default)), cast)
+
+
 if KERNELS:
     _register()
+    route_scan_fwd, route_scan_bwd = _eager_op(_FORWARD, _widest), _eager_op(_BACKWARD)
+    route_scan_fwd.differentiate(_backward, _setup_context)
