@@ -131,13 +131,25 @@ _C.TRAIN.AMP = "fp16"
 _C.TRAIN.EMA = True
 # Decay of the average per optimizer step
 _C.TRAIN.EMA_DECAY = 0.9999
+# Optimizer steps in a row with a loss or gradient that is not finite before the run stops. They are
+# skipped; with AMP fp16 a few of them are normal while the loss scale is found
+_C.TRAIN.MAX_BAD_STEPS = 10
+# torch.compile of the model: off | default | reduce-overhead | max-autotune
+_C.TRAIN.COMPILE = "off"
+# Batch norms, where a model has any, take their statistics over all ranks
+_C.TRAIN.SYNC_BN = False
 # Epochs between two checkpoints
 _C.TRAIN.SAVE_EVERY = 1
+# Minutes between two checkpoints inside an epoch; 0 for none
+_C.TRAIN.SAVE_MINUTES = 10.0
+# Last checkpoints that are kept: last.pth, last.1.pth, ...
+_C.TRAIN.KEEP = 2
 # Epochs between two validations
 _C.TRAIN.EVAL_EVERY = 1
 # Continue from the last checkpoint in the output folder, if there is one
 _C.TRAIN.AUTO_RESUME = True
-# Checkpoint to continue from: weights, optimizer, schedule and epoch (goes before AUTO_RESUME)
+# Checkpoint to continue from: weights, optimizer, schedule and place in the epoch (goes before
+# AUTO_RESUME)
 _C.TRAIN.RESUME = ""
 # Weights to start from, or to evaluate
 _C.TRAIN.PRETRAINED = ""
@@ -151,6 +163,8 @@ _C.TRAIN.SEED = 0
 _C.MODE = "train"
 # auto (the GPU if there is one) | cpu | cuda
 _C.DEVICE = "auto"
+# Minutes that ranks wait for one another before the run ends
+_C.RANK_TIMEOUT = 10.0
 # Folder for results; a run writes to OUTPUT/MODEL.NAME/TAG
 _C.OUTPUT = "output"
 # Name of the run

@@ -21,6 +21,7 @@ _CHOICES = {
     "DATA.ON_ERROR": ("raise", "skip"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
+    "TRAIN.COMPILE": ("off", "default", "reduce-overhead", "max-autotune"),
     "AUG.REMODE": ("pixel", "rand", "const"),
 }
 _POSITIVE = (
@@ -29,6 +30,9 @@ _POSITIVE = (
     "TRAIN.EPOCHS",
     "TRAIN.ACCUM_STEPS",
     "TRAIN.SAVE_EVERY",
+    "TRAIN.KEEP",
+    "TRAIN.MAX_BAD_STEPS",
+    "RANK_TIMEOUT",
     "TRAIN.EVAL_EVERY",
     "TRAIN.BASE_LR",
     "TRAIN.EPS",
@@ -51,6 +55,7 @@ _NOT_NEGATIVE = (
     "TRAIN.MIN_LR",
     "TRAIN.WEIGHT_DECAY",
     "TRAIN.CLIP_GRAD",
+    "TRAIN.SAVE_MINUTES",
     "LOG_IMAGES",
 )
 _FRACTIONS = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
 from quadmamba.data.datasets import Batch, DataError, FolderImages, collate, shorten
@@ -19,14 +21,32 @@ from quadmamba.data.transforms import Transform, build_transforms
 _CPU = torch.device("cpu")
 
 
-class TrainSampler(DistributedSampler):
+class TrainSampler(Sampler[tuple[int, int]]):
     """Shuffled (epoch, index) pairs of one rank; `set_epoch` starts another order.
 
-    The epoch travels with the index, so that worker processes need no other word of it.
+    The order depends on (seed, epoch) alone. Its images are dealt to the ranks one by one, so that
+    k batches of all ranks are the same images for any number of ranks with the same total batch.
+    What does not fill a share of every rank is left out. The epoch travels with the index, so that
+    worker processes need no other word of it.
     """
 
+    def __init__(self, images: int, *, rank: int, world_size: int, seed: int) -> None:
+        self._images, self._rank, self._world_size = images, rank, world_size
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Go to an epoch, after the first `seen` images of its order."""
+        self._epoch, self._seen = epoch, min(seen, self._images)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        rng = np.random.default_rng((self._seed, self._epoch))
+        order = rng.permutation(self._images)[self._seen :]
+        share = order[self._rank :: self._world_size][: len(self)]
+        return ((self._epoch, int(index)) for index in share)
+
+    def __len__(self) -> int:
+        return (self._images - self._seen) // self._world_size
 
 
 class ImageLoader(DataLoader):
@@ -102,11 +122,16 @@ def build_loaders(
     train_set = _build_dataset(cfg, "train", transforms.train)
     _check_same_classes(cfg.DATA.PATH, train_set.classes, classes)
     _check_batch(cfg, len(train_set), world_size)
-    sampler = TrainSampler(
-        train_set, num_replicas=world_size, rank=rank, seed=cfg.TRAIN.SEED, drop_last=True
-    )
+    sampler = TrainSampler(len(train_set), rank=rank, world_size=world_size, seed=cfg.TRAIN.SEED)
     train = _build_loader(cfg, train_set, sampler, prefetcher)
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """In a worker process: a signal to the whole job does not end it before its parent saved."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def skipped_images(loader: ImageLoader) -> set[str]:
@@ -141,6 +166,7 @@ def _build_loader(
         drop_last=isinstance(sampler, TrainSampler),
         persistent_workers=cfg.DATA.WORKERS > 0,
         generator=torch.Generator().manual_seed(cfg.TRAIN.SEED),  # leaves the global one alone
+        worker_init_fn=leave_signals_to_parent,
     )
 
 

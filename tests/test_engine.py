@@ -13,9 +13,10 @@ from runs import two_ranks
 from torch import nn
 
 from quadmamba.utils.distributed import DeviceError, RankError, World, first_host, world_from_env
-from quadmamba.utils.engine import Progress, seed_step
 from quadmamba.utils.logging import RunLog, duration
 from quadmamba.utils.metrics import Metrics, Tally, metrics_of
+from quadmamba.utils.progress import Progress
+from quadmamba.utils.rng import rng_state, seed_step, set_rng_state
 from quadmamba.utils.stepper import Stepper, build_criterion
 
 
@@ -138,10 +139,10 @@ def test_the_best_validation_is_kept():
     def result(top1):
         return Metrics(1.0, top1, 100.0, 10)
 
-    progress = Progress(epoch=1)
+    progress = Progress()
     assert progress.judge({"model": result(50.0), "ema": result(50.0)})
     assert progress.best == {"top1": 50.0, "epoch": 1, "weights": "ema"}
-    progress.epoch = 2
+    progress.next_epoch()
     assert not progress.judge({"model": result(50.0), "ema": result(40.0)})
     assert progress.best["epoch"] == 1
     assert progress.metrics["ema"]["top1"] == 40.0
@@ -158,6 +159,29 @@ def test_a_step_is_seeded_by_its_place():
     for numbers in zip(*(draw(*place) for place in places)):  # of one generator
         assert len(set(numbers)) == len(places)
     assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)
+
+
+def test_generators_continue_where_they_were():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(1).item()
+
+    seed_step(0, 0, 0, 0)
+    draw()
+    state = rng_state(torch.device("cpu"))
+    numbers = draw()
+    seed_step(1, 0, 0, 0)
+    set_rng_state(state, torch.device("cpu"))
+    assert draw() == numbers
+
+
+def test_a_line_cut_off_by_a_kill_is_ended(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "tr')
+    log = RunLog(tmp_path)
+    log.record("train", 1, loss=1.0)
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines[0] == '{"kind": "tr'
+    assert json.loads(lines[1])["loss"] == 1.0
 
 
 def test_log_lines_are_json_whatever_the_numbers(tmp_path, capsys):
@@ -234,9 +258,9 @@ from quadmamba.utils.distributed import RankError, join, world_from_env
 from test_engine import batch, gradients, make_stepper, weights
 
 images, targets = batch(16)
-with join(world_from_env(), torch.device("cpu"), ()) as world:
+with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
     mine = slice(8 * world.rank, 8 * world.rank + 8)
-    whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world)
+    whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world, accum=2)
     whole.backward(images, targets, parts=1, last=True)
     half.backward(images[mine], targets[mine], parts=1, last=True)
     for i in (0, 4):

@@ -133,10 +133,10 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(data, trained, tmp_pa
 def test_a_continued_run_ends_with_the_same_bits(
     data, trained, tmp_path, monkeypatch, capsys, explicit
 ):
-    def stop_in_second_epoch(cfg, stepper, loaders, log, epoch):
-        if epoch == 1:
+    def stop_in_second_epoch(cfg, run):
+        if run.progress.epoch == 1:
             raise KeyboardInterrupt
-        engine_train_epoch(cfg, stepper, loaders, log, epoch)
+        return engine_train_epoch(cfg, run)
 
     engine_train_epoch = engine.train_epoch
     flags = ("--data-path", data, *FLAGS)
