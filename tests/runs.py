@@ -96,3 +96,26 @@ def two_ranks(command: list[str], timeout: float = 120) -> list[tuple[int, str, 
         start(command, **common, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)
     ]
     return [finish(process, timeout) for process in ranks]
+
+
+def state_of(out: Path, tag: str = "default") -> dict[str, object]:
+    """The last checkpoint of a run, without what tells where it ran."""
+    path = out / "quadmamba_lite" / tag / "last.pth"
+    payload = torch.load(path, weights_only=True)
+    return {key: value for key, value in payload.items() if key not in ("config", "versions")}
+
+
+def compare(a: object, b: object, name: str = "checkpoint") -> None:
+    """Assert that two checkpoints hold the same values, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            compare(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b)):
+            compare(x, y, f"{name}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    else:
+        assert a == b, name
