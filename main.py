@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def train(cfg: CfgNode, world: World) -> int:
     )
     with StopRequest() as stop:
         run = build_run(cfg, world, loaders, log, stop)
-        done = engine.train(cfg, run)
+        with explained(cfg, folder):
+            done = engine.train(cfg, run)
     report_skipped(world, log, loaders)
     if not done:
         log.say(f"saved and ended by signal {stop.received or 'on another rank'}", "yellow")
@@ -174,6 +176,20 @@ def train(cfg: CfgNode, world: World) -> int:
         )
     log.close()
     return 0 if done else STOPPED
+
+
+@contextmanager
+def explained(cfg: CfgNode, folder: Path) -> Iterator[None]:
+    """Say what a user needs to know where the data goes away in the middle of a training."""
+    try:
+        yield
+    except DataError as error:
+        if Path(cfg.DATA.PATH).is_dir():
+            raise
+        raise DataError(
+            f"DATA.PATH: the folder {cfg.DATA.PATH} has gone during the training: {error}\n"
+            f"The last checkpoint in {folder} is kept; the same command goes on from it."
+        ) from error
 
 
 def build_run(

@@ -136,7 +136,7 @@ _C.TRAIN.EMA_DECAY = 0.9999
 _C.TRAIN.MAX_BAD_STEPS = 10
 # torch.compile of the model: off | default | reduce-overhead | max-autotune
 _C.TRAIN.COMPILE = "off"
-# Batch norms, where a model has any, take their statistics over all ranks
+# Batch norms, where a model has any, take their statistics over all ranks (on GPUs only)
 _C.TRAIN.SYNC_BN = False
 # Epochs between two checkpoints
 _C.TRAIN.SAVE_EVERY = 1

@@ -2,7 +2,8 @@
 
 FAULT: kill=UPDATES (kill -9 before that optimizer step), raise=UPDATES, nan=UPDATES (the MLP of the
 first block gives NaN from that step on), count=N (nan: so many steps only), rank=R (only there),
-delay=SECONDS (each step takes longer), once=FILE (not where FILE exists; it is made).
+delay=SECONDS (each step takes longer), slow_validation=SECONDS (each batch of it takes longer),
+once=FILE (kill, raise: not where FILE exists; it is made).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def install(faults: dict[str, str]) -> None:
             bad = model.training and first <= self.updates < first + int(faults.get("count", 999))
             return output * torch.nan if bad else output
 
+        slow = float(faults.get("slow_validation", 0))
+        model.register_forward_pre_hook(lambda net, _: time.sleep(0 if net.training else slow))
         if here and "nan" in faults:
             model.stages[0][0].mlp.register_forward_hook(spoil)
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quadmamba.utils.meeting import fresh_part
 from quadmamba.utils.watch import CRASH, USER_ERROR, Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
@@ -213,6 +214,7 @@ def _enter(world: World, timeout: float) -> dist.Store:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
     store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
+    store = fresh_part(store, rank, size, timeout=timeout)
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",

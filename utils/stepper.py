@@ -32,6 +32,13 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=_DTYPES[amp] if on else None, enabled=on)
 
 
+def with_synced_norms(model: nn.Module, world: World) -> nn.Module:
+    """Batch norms that take their statistics over all ranks; PyTorch has them for GPUs only."""
+    if not world.launched or world.device.type == "cpu":
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Stepper:
     """One optimizer step: the gradients of some batches, clipping, AdamW, schedule and average.
 
@@ -61,8 +68,7 @@ class Stepper:
         sync_bn: bool = False,
         compile_mode: str = "off",
     ) -> None:
-        if sync_bn and world.launched:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = with_synced_norms(model, world) if sync_bn else model
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.world, self.scheduler, self.amp = world, scheduler, amp
         self.clip = clip or math.inf
