@@ -5,9 +5,13 @@ import json
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from runs import arguments, finish, start, state_of, write_images
+
+from quadmamba.utils.meeting import fresh_part
 
 HOSTS = {"quad0": "10.77.3.1", "quad1": "10.77.3.2"}
 PORT = 29511
@@ -15,6 +19,30 @@ PORT = 29511
 
 def ip(*words):
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("before", [2, 3])
+def test_each_start_gets_a_part_of_its_own_in_a_store_that_stays(before):
+    store = dist.HashStore()
+
+    def meet(size):
+        def join(rank):
+            return fresh_part(store, rank, size, timeout=10)
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(join, range(size)))
+
+    for part in meet(before):
+        part.set("address", "of a process that died")
+    parts = meet(2)
+    assert not parts[0].check(["address"])
+    parts[0].set("address", "here")
+    assert parts[1].get("address") == b"here"
+
+
+def test_a_rank_that_does_not_come_is_an_error():
+    with pytest.raises(RuntimeError, match="rank 1: expected 2 processes within 0 s"):
+        fresh_part(dist.HashStore(), 1, 2, timeout=0.2)
 
 
 @pytest.fixture
@@ -62,7 +90,7 @@ def test_a_rank_killed_on_one_of_two_hosts_restarts_the_job(hosts, tmp_path):
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert (tmp_path / "killed").exists()
     text = "".join(out + err for _, out, err in ends)
-    assert "rank 3 on " in text
+    assert "failed (exitcode: -9) local_rank: 1" in text
     assert "images of the next" in text
     saved = state_of(tmp_path)
     assert (saved["epoch"], saved["updates"], saved["layout"]["ranks"]) == (3, 15, 4)

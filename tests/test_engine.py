@@ -362,6 +362,20 @@ with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
         assert str(error) == "rank 1 failed"
         assert (error.__cause__ is None) == (world.rank == 0)
     assert world.gather(world.rank) == [0, 1]
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for part, share in ((slice(16), None), (mine, world)):
+        model = QuadMamba([8] * 4, depths=[1] * 4, orders=["raster"] * 4, num_classes=3)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model.head.fc.weight)
+        model.load_state_dict(found[0] if found else model.state_dict())
+        found = found or [{key: v.clone() for key, v in model.state_dict().items()}]
+        stepper = make_stepper(share, model=model.to(memory_format=torch.channels_last))
+        stepper.backward(pixels[part], targets[part], parts=1, last=True)
+        found.append(gradients(stepper))
+    assert max(grad.abs().max() for grad in found[1]) > 1e-2
+    for a, b in zip(*found[1:]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     found = []
     for again in (False, True):
         torch.manual_seed(0)
