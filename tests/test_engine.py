@@ -367,13 +367,12 @@ with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
     for part, share in ((slice(16), None), (mine, world)):
         model = QuadMamba([8] * 4, depths=[1] * 4, orders=["raster"] * 4, num_classes=3)
         torch.manual_seed(0)
-        torch.nn.init.normal_(model.head.fc.weight)
         model.load_state_dict(found[0] if found else model.state_dict())
         found = found or [{key: v.clone() for key, v in model.state_dict().items()}]
         stepper = make_stepper(share, model=model.to(memory_format=torch.channels_last))
         stepper.backward(pixels[part], targets[part], parts=1, last=True)
         found.append(gradients(stepper))
-    assert max(grad.abs().max() for grad in found[1]) > 1e-2
+    assert max(grad.abs().max() for grad in found[1]) > 1e-3
     for a, b in zip(*found[1:]):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     found = []
