@@ -56,7 +56,7 @@ def test_a_signal_saves_and_ends_with_3_and_nothing_is_lost(data, tmp_path, numb
 
 
 def test_a_signal_to_one_rank_stops_both_even_in_a_validation(data, tmp_path):
-    ranks = start_ranks(words_of(data, tmp_path, "delay=0.1", "slow_validation=1"))
+    ranks = start_ranks(words_of(data, tmp_path, "delay=0.1", "slow_validation=3"))
     wait_for(has_stepped(tmp_path, 5))
     time.sleep(1)
     ranks[1].send_signal(signal.SIGTERM)

@@ -154,10 +154,9 @@ def join(
 ) -> Iterator[World]:
     """Enter the process group of a launched run (NCCL or gloo by device) and leave it at the end.
 
-    Yields the world with its device. A rank that leaves the block with an error tells the others:
-    one of `errors` is the user's, any other a crash, whose traceback goes to the console of rank 0.
-    A rank that only lost its partner in a collective raises RankError without a cause.
-    timeout: seconds that a collective may take.
+    A rank that leaves the block with an error tells the others: one of `errors` is the user's, any
+    other a crash, whose traceback goes to the console of rank 0. A rank that only lost its partner
+    in a collective raises RankError without a cause. timeout: seconds that a collective may take.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
