@@ -31,14 +31,19 @@ from yacs.config import CfgNode
 from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.data import DataError
 from quadmamba.data.canvases import Canvases, CanvasLoader, read_canvases
-from quadmamba.main import build_stepper, placed, resume
+from quadmamba.main import build_stepper, placed
 from quadmamba.models import build_model
 from quadmamba.utils import ablation, engine
 from quadmamba.utils.checkpoint import CheckpointError, plain
 from quadmamba.utils.complexity import report
 from quadmamba.utils.distributed import DeviceError, World, choose_device
 from quadmamba.utils.logging import OutputError, RunLog, make_output
+from quadmamba.utils.progress import Progress, Window
+from quadmamba.utils.resume import resume
+from quadmamba.utils.signals import StopRequest
+from quadmamba.utils.versions import versions
 from quadmamba.utils.views import centre_rates
+from quadmamba.utils.writer import CheckpointWriter
 
 CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
 CLASSES = 10
@@ -202,8 +207,11 @@ def run(job: Job) -> ablation.Result:
     updates = len(loaders.train)
     stepper = build_stepper(cfg, world, model, mixed=False, updates=updates)
     log = RunLog(job.folder, quiet=True)
-    progress = resume(cfg, stepper, log, job.folder, updates)
-    engine.train(cfg, stepper, loaders, log, folder=job.folder, progress=progress, draw=None)
+    progress, writer = Progress(), CheckpointWriter(job.folder, keep=1)
+    parts = (stepper, loaders, log, progress, Window(world), StopRequest())
+    training = engine.Run(*parts, writer=writer)
+    resume(cfg, training, job.folder, updates)
+    engine.train(cfg, training)
     log.close()
     result = ablation.Result(
         job.row,
@@ -223,7 +231,7 @@ def run(job: Job) -> ablation.Result:
 
 def _machine(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "versions": engine.versions()}
+    return {"device": name, "versions": versions()}
 
 
 def _write(path: Path, text: str) -> None:

@@ -29,7 +29,8 @@ from torch import Tensor
 from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.models import ReleaseError, build_model, from_release, to_release
 from quadmamba.models.release import read_architecture
-from quadmamba.utils.checkpoint import CheckpointError, load_pretrained, read, save
+from quadmamba.utils.checkpoint import CheckpointError, load_pretrained, read
+from quadmamba.utils.writer import save_alone
 
 _EMA = "model_ema"  # of the official trainer, beside "model"
 
@@ -114,7 +115,7 @@ def export_file(source: Path, target: Path, cfg_path: Path, ema: bool) -> list[P
     model = build_model(cfg, classes)
     weights = "ema" if ema else "auto"
     print(f"loaded {load_pretrained(model, source, adapt_head=False, weights=weights)}")
-    save(target, {"model": {key: value.clone() for key, value in to_release(model).items()}})
+    save_alone(target, {"model": {key: value.clone() for key, value in to_release(model).items()}})
     return [target]
 
 

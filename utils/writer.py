@@ -60,6 +60,14 @@ def write_weights(file: BinaryIO, payload: Mapping[str, object]) -> None:
     safetensors.torch.save_file(state, file.name, about)
 
 
+def save_alone(path: Path, payload: Mapping[str, object]) -> None:
+    """Write a dict of weights so that `path` is the old file or the whole new one.
+
+    Raises CheckpointError where the folder or the disk does not take it.
+    """
+    _replace(path, lambda file: write_checkpoint(file, payload), 1)
+
+
 def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
     """Write a checkpoint and, beside it, its weights as .safetensors.
 
