@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -27,6 +28,7 @@ def test_each_start_gets_a_part_of_its_own_in_a_store_that_stays(before):
 
     def meet(size):
         def join(rank):
+            time.sleep(0 if rank else 0.2)  # the others meet the offer of the start before
             return fresh_part(store, rank, size, timeout=10)
 
         with ThreadPoolExecutor(size) as pool:
