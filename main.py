@@ -3,7 +3,9 @@
     python main.py --cfg configs/quadmamba_small.yaml --data-path DATA --output OUT
     torchrun --nproc-per-node 8 main.py --cfg configs/quadmamba_small.yaml --data-path DATA
 
-Wrong input ends with a message and exit code 2.
+Exit codes: 0 done; 1 a crash, with a traceback; 2 wrong input, data or disk, with a message;
+3 saved and ended by a signal (SIGTERM, SIGINT, SIGUSR1), start again to go on; 128 + N a second
+signal N.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,17 +23,10 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, Loaders, build_loaders, skipped_images
+from quadmamba.data import DataError, Loaders, build_loaders, normalise, skipped_images
 from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
-from quadmamba.utils.checkpoint import (
-    BEST,
-    LAST,
-    CheckpointError,
-    load_pretrained,
-    plain,
-    read_run,
-)
+from quadmamba.utils.checkpoint import BEST, CheckpointError, load_pretrained
 from quadmamba.utils.complexity import report
 from quadmamba.utils.distributed import (
     DeviceError,
@@ -40,14 +36,23 @@ from quadmamba.utils.distributed import (
     join,
     world_from_env,
 )
-from quadmamba.utils.graph_stepper import GraphStepper, check_world
+from quadmamba.utils.graph_stepper import stepper_kind
 from quadmamba.utils.logging import OutputError, RunLog, make_output
 from quadmamba.utils.metrics import Metrics
 from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale
+from quadmamba.utils.progress import Progress, Window
+from quadmamba.utils.resume import resume, warn_of_changes
+from quadmamba.utils.signals import StopRequest
 from quadmamba.utils.stepper import Stepper, build_criterion
+from quadmamba.utils.versions import versions
 from quadmamba.utils.visualize import partition_images
+from quadmamba.utils.watch import STOPPED, USER_ERROR
+from quadmamba.utils.writer import CheckpointWriter
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, DeviceError, OutputError)
+USER_ERRORS = (
+    *(ConfigError, DataError, CheckpointError, DeviceError, OutputError),
+    engine.DivergedError,
+)
 CONFIGS = Path(__file__).parent / "configs"
 # Flag, the configuration key that it spells, type, help
 FLAGS = (
@@ -61,11 +66,9 @@ FLAGS = (
     ("--resume", "TRAIN.RESUME", str, "checkpoint of a run to continue"),
     ("--epochs", "TRAIN.EPOCHS", int, "passes over the training set"),
     ("--seed", "TRAIN.SEED", int, "seed of every random generator"),
-    ("--compile", "TRAIN.COMPILE", str, "off or graph: a step as a CUDA graph"),
+    ("--compile", "TRAIN.COMPILE", str, "off, graph, or a mode of torch.compile"),
     ("--device", "DEVICE", str, "auto, cpu or cuda"),
 )
-# Keys of the model that change what it computes but not the shapes of its weights
-SILENT_KEYS = ("ORDERS", "WINDOW", "SHIFT")
 
 
 def configure(argv: Sequence[str] | None) -> CfgNode:
@@ -107,7 +110,7 @@ def info(cfg: CfgNode, world: World) -> None:
     print(json.dumps({**line, "img_size": cfg.DATA.IMG_SIZE}))
 
 
-def measure(cfg: CfgNode, world: World) -> None:
+def measure(cfg: CfgNode, world: World) -> int:
     """Print images per second and memory on random images; the last line is one JSON object."""
     log = RunLog(quiet=not world.is_main)
     greet(cfg, world, log)
@@ -126,52 +129,92 @@ def measure(cfg: CfgNode, world: World) -> None:
     log.say(f"inference {speed.inference_img_s:.1f} img/s  {speed.inference_memory_gb:.2f} GB")
     log.say(f"training  {speed.training_img_s:.1f} img/s  {speed.training_memory_gb:.2f} GB")
     log.say(json.dumps({"model": cfg.MODEL.NAME, **asdict(speed)}))
+    return 0
 
 
-def evaluate(cfg: CfgNode, world: World) -> None:
+def evaluate(cfg: CfgNode, world: World) -> int:
     """Print the report and the accuracy of TRAIN.PRETRAINED; the last line is one JSON object."""
     path = cfg.TRAIN.PRETRAINED or cfg.TRAIN.RESUME
     log = RunLog(quiet=not world.is_main)
     with world.together(DataError):
-        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=False)
+        share = {"rank": world.rank, "world_size": world.size, "device": world.device}
+        loaders = build_loaders(cfg, **share, with_train=False)
     greet(cfg, world, log)
     model = build_reported(cfg, world, log, len(loaders.classes))
     source, metrics = load_and_judge(cfg, world, log, model, loaders, path)
     line = {"model": cfg.MODEL.NAME, "weights": source, **metrics.as_dict()}
     report_skipped(world, log, loaders)
     log.say(json.dumps(line))
+    return 0
 
 
-def train(cfg: CfgNode, world: World) -> None:
+def train(cfg: CfgNode, world: World) -> int:
     """Train: continue a run, or start one from TRAIN.PRETRAINED or fresh weights."""
     folder = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
     with world.together(OutputError):
         if world.is_main:
             make_output(folder)
     with world.together(DataError):
-        loaders = build_loaders(cfg, rank=world.rank, world_size=world.size, with_train=True)
+        share = {"rank": world.rank, "world_size": world.size, "device": world.device}
+        loaders = build_loaders(cfg, **share, with_train=True)
     log = RunLog(folder if world.is_main else None, quiet=not world.is_main)
     greet(cfg, world, log)
     log.say(
         f"data: {len(loaders.train.dataset)} training and {len(loaders.val.dataset)} "
         f"validation images of {len(loaders.classes)} classes in {cfg.DATA.PATH}"
     )
-    model = build_reported(cfg, world, log, len(loaders.classes))
-    if cfg.TRAIN.PRETRAINED:
-        load_and_judge(cfg, world, log, model, loaders, cfg.TRAIN.PRETRAINED)
-    updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
-    stepper = build_stepper(cfg, world, model, mixed=loaders.mixup is not None, updates=updates)
-    progress = resume(cfg, stepper, log, folder, updates)
-    draw = painter(cfg, world, loaders)
-    engine.train(cfg, stepper, loaders, log, folder=folder, progress=progress, draw=draw)
+    with StopRequest() as stop:
+        run = build_run(cfg, world, loaders, log, stop)
+        with explained(cfg, folder):
+            done = engine.train(cfg, run)
     report_skipped(world, log, loaders)
-    if best := progress.best:
+    if not done:
+        log.say(f"saved and ended by signal {stop.received or 'on another rank'}", "yellow")
+    elif best := run.progress.best:
         log.say(
             f"done: best top-1 {best['top1']:.2f} % ({best['weights']} weights of epoch "
             f"{best['epoch']}) in {folder / BEST}",
             "green",
         )
     log.close()
+    return 0 if done else STOPPED
+
+
+@contextmanager
+def explained(cfg: CfgNode, folder: Path) -> Iterator[None]:
+    """Say what a user needs to know where the data goes away in the middle of a training."""
+    try:
+        yield
+    except DataError as error:
+        if Path(cfg.DATA.PATH).is_dir():
+            raise
+        raise DataError(
+            f"DATA.PATH: the folder {cfg.DATA.PATH} has gone during the training: {error}\n"
+            f"The last checkpoint in {folder} is kept; the same command goes on from it."
+        ) from error
+
+
+def build_run(
+    cfg: CfgNode, world: World, loaders: Loaders, log: RunLog, stop: StopRequest
+) -> engine.Run:
+    """All that takes part in a training, at the point from which it goes on."""
+    folder = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+    model = build_reported(cfg, world, log, len(loaders.classes))
+    if cfg.TRAIN.PRETRAINED:
+        load_and_judge(cfg, world, log, model, loaders, cfg.TRAIN.PRETRAINED)
+    updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
+    run = engine.Run(
+        build_stepper(cfg, world, model, mixed=loaders.mixup is not None, updates=updates),
+        loaders,
+        log,
+        Progress(),
+        Window(world),
+        stop,
+        writer=CheckpointWriter(folder, keep=cfg.TRAIN.KEEP) if world.is_main else None,
+        draw=painter(cfg, world, loaders),
+    )
+    resume(cfg, run, folder, updates)
+    return run
 
 
 def greet(cfg: CfgNode, world: World, log: RunLog) -> None:
@@ -182,7 +225,7 @@ def greet(cfg: CfgNode, world: World, log: RunLog) -> None:
     batch = cfg.DATA.BATCH_SIZE * recipe.ACCUM_STEPS * world.size
     rule = f"{recipe.BASE_LR:g} x {batch}/{recipe.LR_BATCH}" if recipe.LR_BATCH else "not scaled"
     log.say(f"{cfg.MODEL.NAME}  {cfg.MODE}", "green")
-    log.say("  ".join(f"{key} {value}" for key, value in engine.versions().items()))
+    log.say("  ".join(f"{key} {value}" for key, value in versions().items()))
     log.say(
         f"device: {world.size} x {name}  precision: {recipe.AMP if on_gpu else 'float32'}\n"
         f"batch: {cfg.DATA.BATCH_SIZE} x {recipe.ACCUM_STEPS} steps x {world.size} processes = "
@@ -217,12 +260,7 @@ def build_stepper(
     recipe = cfg.TRAIN
     optimizer = build_optimizer(cfg, model, world_size=world.size)
     schedule = build_scheduler(cfg, optimizer, updates, world_size=world.size) if updates else None
-    kind = Stepper
-    if recipe.COMPILE == "graph":
-        with world.together(DeviceError):
-            check_world(world)
-        kind = GraphStepper
-    return kind(
+    return stepper_kind(recipe.COMPILE, world)(
         model,
         optimizer,
         build_criterion(mixed, recipe.LABEL_SMOOTHING),
@@ -231,6 +269,9 @@ def build_stepper(
         amp=recipe.AMP,
         clip=recipe.CLIP_GRAD,
         ema_decay=recipe.EMA_DECAY if recipe.EMA and updates else 0.0,
+        accum=recipe.ACCUM_STEPS,
+        sync_bn=recipe.SYNC_BN,
+        compile_mode=recipe.COMPILE,
     )
 
 
@@ -248,48 +289,6 @@ def load_and_judge(
     return loaded.source, metrics
 
 
-def resume(
-    cfg: CfgNode, stepper: Stepper, log: RunLog, folder: Path, updates: int
-) -> engine.Progress:
-    """Continue from TRAIN.RESUME, else with AUTO_RESUME from the last checkpoint in `folder`.
-
-    updates: optimizer steps of an epoch now; with another batch size than before the schedule
-    goes on at the same epoch.
-    """
-    world, last = stepper.world, folder / LAST
-    found = cfg.TRAIN.AUTO_RESUME and world.gather(last.is_file())[0]
-    path = cfg.TRAIN.RESUME or (str(last) if found else "")
-    if not path:
-        return engine.Progress()
-    where = path if cfg.TRAIN.RESUME else f"{path} (another --tag starts anew)"
-    with world.together(CheckpointError):
-        payload = read_run(path)
-        stepper.load_state(payload, where)
-    log.say(f"continuing {path} after epoch {payload['epoch']} of {cfg.TRAIN.EPOCHS}", "green")
-    warn_of_changes(cfg, log, payload["config"])
-    due = payload["epoch"] * updates
-    if stepper.updates != due:
-        log.warn(
-            f"{path} took {stepper.updates} steps in {payload['epoch']} epochs, with this batch "
-            f"size and data it would be {due}; the learning rate follows the epoch"
-        )
-        stepper.move_to(due)
-    if cfg.TRAIN.PRETRAINED:
-        log.warn(
-            f"the weights of TRAIN.PRETRAINED are replaced by those of {path}; "
-            "to start anew choose another --tag"
-        )
-    return engine.Progress(payload["epoch"], payload["metrics"], payload["best"])
-
-
-def warn_of_changes(cfg: CfgNode, log: RunLog, saved: Mapping) -> None:
-    """Warn where the weights were trained for another scan than the one they now get."""
-    now, then = plain(cfg.MODEL), saved.get("MODEL", {})
-    for key in SILENT_KEYS:
-        if key in then and then[key] != now[key]:
-            log.warn(f"MODEL.{key}: the weights were trained with {then[key]}, now {now[key]}")
-
-
 def painter(cfg: CfgNode, world: World, loaders: Loaders) -> Callable[[nn.Module], Tensor] | None:
     """What draws the partitions of some validation images; None where there is nothing to draw."""
     data = loaders.val.dataset
@@ -299,7 +298,7 @@ def painter(cfg: CfgNode, world: World, loaders: Loaders) -> Callable[[nn.Module
     images = [sample.image for sample in samples if sample.image is not None]
     if not images:
         return None
-    batch = torch.stack(images).to(world.device)
+    batch = normalise(torch.stack(images).to(world.device))
     return lambda model: partition_images(model, batch)
 
 
@@ -318,7 +317,7 @@ def stop(error: BaseException | None) -> int:
     """Tell the user what is wrong, if there is something to tell; the exit code."""
     if error is not None:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+    return USER_ERROR
 
 
 MODES = {"train": train, "eval": evaluate, "throughput": measure}
@@ -337,13 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:  # the same on all ranks: one of a node tells it
         return stop(error if world.local_rank == 0 else None)
     try:
-        with join(world, device, USER_ERRORS) as world:
-            MODES[cfg.MODE](cfg, world)
+        with join(world, device, USER_ERRORS, timeout=60 * cfg.RANK_TIMEOUT) as world:
+            return MODES[cfg.MODE](cfg, world)
     except RankError as failed:  # one rank tells the reason
-        return stop(failed.__cause__)
+        stop(failed.__cause__)
+        return failed.code
     except USER_ERRORS as error:
         return stop(error)
-    return 0
 
 
 if __name__ == "__main__":

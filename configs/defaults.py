@@ -25,8 +25,15 @@ _C.MODEL.DEPTHS = [2, 2, 5, 2]
 _C.MODEL.ORDERS = ["quadtree", "quadtree", "raster", "raster"]
 # Side of a window of the `window` order, in tokens
 _C.MODEL.WINDOW = 7
+# Windows on a side of the grid outside and inside the selected quadrant, each 1 | 2 | 4 | 8 (1 only
+# with `release`); [2, 2] switches the fine level off
+_C.MODEL.PARTITION = [2, 4]
+# Who selects the quadrant: predictor | random | first (always the top left one)
+_C.MODEL.SELECTION = "predictor"
 # Roll the grid in every second block of a quadtree or release stage
 _C.MODEL.SHIFT = True
+# Directions that the rolls take in turn, of (+, +), (-, -), (+, -), (-, +): 1 to 4
+_C.MODEL.SHIFT_DIRECTIONS = 4
 # Inner channels of the scan, as a multiple of the stage's channels
 _C.MODEL.SSM_RATIO = 2.0
 # State size of the scan for each channel (1 to 256)
@@ -37,6 +44,8 @@ _C.MODEL.MLP_RATIO = 4.0
 _C.MODEL.DROP_PATH = 0.1
 # Temperature of the Gumbel-softmax that chooses a quadrant in training
 _C.MODEL.TAU = 1.0
+# Gumbel noise in that choice; without it training takes the highest score, as evaluation does
+_C.MODEL.GUMBEL = True
 # Recompute each block in the backward pass instead of storing its activations
 _C.MODEL.USE_CHECKPOINT = False
 
@@ -122,15 +131,26 @@ _C.TRAIN.AMP = "fp16"
 _C.TRAIN.EMA = True
 # Decay of the average per optimizer step
 _C.TRAIN.EMA_DECAY = 0.9999
-# off | graph: forward and backward as one CUDA graph (one process with a GPU)
+# Optimizer steps in a row with a loss or gradient that is not finite before the run stops. They are
+# skipped; with AMP fp16 a few of them are normal while the loss scale is found
+_C.TRAIN.MAX_BAD_STEPS = 10
+# How a step runs: off | graph (its passes as one CUDA graph: one process with a GPU), or as
+# torch.compile makes them: default | reduce-overhead | max-autotune
 _C.TRAIN.COMPILE = "off"
+# Batch norms, where a model has any, take their statistics over all ranks (on GPUs only)
+_C.TRAIN.SYNC_BN = False
 # Epochs between two checkpoints
 _C.TRAIN.SAVE_EVERY = 1
+# Minutes between two checkpoints inside an epoch; 0 for none
+_C.TRAIN.SAVE_MINUTES = 10.0
+# Last checkpoints that are kept: last.pth, last.1.pth, ...
+_C.TRAIN.KEEP = 2
 # Epochs between two validations
 _C.TRAIN.EVAL_EVERY = 1
 # Continue from the last checkpoint in the output folder, if there is one
 _C.TRAIN.AUTO_RESUME = True
-# Checkpoint to continue from: weights, optimizer, schedule and epoch (goes before AUTO_RESUME)
+# Checkpoint to continue from: weights, optimizer, schedule and place in the epoch (goes before
+# AUTO_RESUME)
 _C.TRAIN.RESUME = ""
 # Weights to start from, or to evaluate
 _C.TRAIN.PRETRAINED = ""
@@ -144,6 +164,8 @@ _C.TRAIN.SEED = 0
 _C.MODE = "train"
 # auto (the GPU if there is one) | cpu | cuda
 _C.DEVICE = "auto"
+# Minutes that ranks wait for one another before the run ends
+_C.RANK_TIMEOUT = 10.0
 # Folder for results; a run writes to OUTPUT/MODEL.NAME/TAG
 _C.OUTPUT = "output"
 # Name of the run

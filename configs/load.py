@@ -15,12 +15,13 @@ from quadmamba.configs.defaults import _C
 
 ORDERS = ("quadtree", "release", "raster", "window")
 _CHOICES = {
+    "MODEL.SELECTION": ("predictor", "random", "first"),
     "MODE": ("train", "eval", "throughput", "info"),
     "DEVICE": ("auto", "cpu", "cuda"),
     "DATA.ON_ERROR": ("raise", "skip"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "TRAIN.AMP": ("bf16", "fp16", "off"),
-    "TRAIN.COMPILE": ("off", "graph"),
+    "TRAIN.COMPILE": ("off", "graph", "default", "reduce-overhead", "max-autotune"),
     "AUG.REMODE": ("pixel", "rand", "const"),
 }
 _POSITIVE = (
@@ -29,6 +30,9 @@ _POSITIVE = (
     "TRAIN.EPOCHS",
     "TRAIN.ACCUM_STEPS",
     "TRAIN.SAVE_EVERY",
+    "TRAIN.KEEP",
+    "TRAIN.MAX_BAD_STEPS",
+    "RANK_TIMEOUT",
     "TRAIN.EVAL_EVERY",
     "TRAIN.BASE_LR",
     "TRAIN.EPS",
@@ -51,6 +55,7 @@ _NOT_NEGATIVE = (
     "TRAIN.MIN_LR",
     "TRAIN.WEIGHT_DECAY",
     "TRAIN.CLIP_GRAD",
+    "TRAIN.SAVE_MINUTES",
     "LOG_IMAGES",
 )
 _FRACTIONS = (
@@ -141,6 +146,7 @@ def _check_model(model: CfgNode) -> None:
     for order in model.ORDERS:
         if order not in ORDERS:
             raise ConfigError(f"MODEL.ORDERS: expected each of {', '.join(ORDERS)}, got {order!r}")
+    _check_quadtree(model)
     if not 1 <= model.D_STATE <= 256:
         raise ConfigError(f"MODEL.D_STATE: expected 1 to 256, got {model.D_STATE}")
     for dim in model.DIMS:
@@ -149,6 +155,17 @@ def _check_model(model: CfgNode) -> None:
                 "MODEL.DIMS: expected even channels with at least 4 inner channels "
                 f"(MODEL.SSM_RATIO {model.SSM_RATIO}), got {model.DIMS}"
             )
+
+
+def _check_quadtree(model: CfgNode) -> None:
+    sides = (2, 4, 8) if "quadtree" in model.ORDERS else (1, 2, 4, 8)
+    if len(model.PARTITION) != 2 or not set(model.PARTITION) <= set(sides):
+        raise ConfigError(
+            f"MODEL.PARTITION: expected two of {', '.join(map(str, sides))} "
+            f"(1 only where MODEL.ORDERS has no quadtree), got {model.PARTITION}"
+        )
+    if not 1 <= model.SHIFT_DIRECTIONS <= 4:
+        raise ConfigError(f"MODEL.SHIFT_DIRECTIONS: expected 1 to 4, got {model.SHIFT_DIRECTIONS}")
 
 
 def _check_recipe(cfg: CfgNode) -> None:

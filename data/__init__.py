@@ -2,6 +2,7 @@
 
 from quadmamba.data.datasets import DataError, FolderImages, read_image
 from quadmamba.data.loaders import ImageLoader, Loaders, build_loaders, skipped_images
+from quadmamba.data.prefetch import Prefetcher, normalise
 from quadmamba.data.seeds import seeded
 from quadmamba.data.transforms import Transforms, build_transforms
 
@@ -10,9 +11,11 @@ __all__ = [
     "FolderImages",
     "ImageLoader",
     "Loaders",
+    "Prefetcher",
     "Transforms",
     "build_loaders",
     "build_transforms",
+    "normalise",
     "read_image",
     "seeded",
     "skipped_images",

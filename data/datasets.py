@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
+from torchvision.io import decode_jpeg
 
+from quadmamba.data.erasing import Hole
 from quadmamba.data.seeds import seeded
-from quadmamba.data.transforms import Transform
+from quadmamba.data.transforms import Transform, to_bytes
 
 # What Pillow raises for a file that is missing, cut short, damaged or no image
 _UNREADABLE = (
@@ -29,6 +32,7 @@ _UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+_JPEG = b"\xff\xd8\xff"
 _MAX_IN_A_ROW = 100
 _HINT = "Repair or remove the file, or leave such images out with DATA.ON_ERROR skip."
 
@@ -38,19 +42,27 @@ class DataError(Exception):
 
 
 class Sample(NamedTuple):
-    """One item of `FolderImages`: an image (3, h, w), or None where it is left out."""
+    """One item of `FolderImages`: bytes (h, w, 3), or None where the image is left out.
+
+    hole: what random erasing takes from it.
+    """
 
     image: Tensor | None
     target: int
+    hole: Hole | None = None
     unreadable: tuple[str, ...] = ()
     error: str = ""
 
 
 class Batch(NamedTuple):
-    """Collated samples: images (b, 3, h, w) and targets (b,), or None where all were left out."""
+    """Collated samples: bytes (b, h, w, 3) and targets (b,).
+
+    Both are None where all were left out. holes: one an image.
+    """
 
     images: Tensor | None
     targets: Tensor | None
+    holes: list[Hole | None]
     unreadable: list[str]
     error: str
 
@@ -59,11 +71,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack the images that could be read; keep the names of the others and the first error."""
     unreadable = [path for sample in samples for path in sample.unreadable]
     error = next((sample.error for sample in samples if sample.error), "")
-    kept = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+    kept = [sample for sample in samples if sample.image is not None]
     if not kept:
-        return Batch(None, None, unreadable, error)
-    images, targets = zip(*kept)
-    return Batch(torch.stack(images), torch.tensor(targets), unreadable, error)
+        return Batch(None, None, [], unreadable, error)
+    images = torch.stack([sample.image for sample in kept])
+    targets = torch.tensor([sample.target for sample in kept])
+    holes = [sample.hole for sample in kept]
+    return Batch(images, targets, holes, unreadable, error)
 
 
 class FolderImages(Dataset[Sample]):
@@ -101,21 +115,39 @@ class FolderImages(Dataset[Sample]):
             except DataError as error:
                 unreadable.append(path)
                 if self.on_error == "raise":
-                    return Sample(None, target, tuple(unreadable), f"{error}\n{_HINT}")
+                    return Sample(None, target, None, tuple(unreadable), f"{error}\n{_HINT}")
                 continue
             with seeded(self.seed, epoch, index):
-                return Sample(self.transform(image), target, tuple(unreadable))
+                view = self.transform(image)
+            return Sample(view.image, target, view.hole, tuple(unreadable))
         message = f"{tries} images in a row cannot be read, the first is {unreadable[0]}"
-        return Sample(None, target, tuple(unreadable), message if self.replace else "")
+        return Sample(None, target, None, tuple(unreadable), message if self.replace else "")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in RGB. Raises DataError where the file cannot be read."""
+def read_image(path: str | Path) -> Tensor:
+    """The image as RGB bytes (h, w, 3).
+
+    JPEGs of three colours are decoded by torchvision, all else by Pillow; both decode a JPEG with
+    libjpeg-turbo, to the same bytes. Raises DataError where the file cannot be read.
+    """
     try:
-        return default_loader(path)
+        image = _decode_jpeg(path)
+        return to_bytes(default_loader(path)) if image is None else image
     except _UNREADABLE as error:
         reason = str(error) or type(error).__name__
         raise DataError(f"cannot read the image {path}: {reason}") from error
+
+
+def _decode_jpeg(path: str | Path) -> Tensor | None:
+    """The bytes of a JPEG in RGB; None for grey, CMYK, other formats and damage."""
+    content = np.fromfile(path, np.uint8)
+    if content[:3].tobytes() != _JPEG:
+        return None
+    try:
+        image = decode_jpeg(torch.from_numpy(content))
+    except RuntimeError:  # Pillow shall say what is wrong
+        return None
+    return image.permute(1, 2, 0) if len(image) == 3 else None
 
 
 def _read_folder(root: Path) -> ImageFolder:

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
-from quadmamba.data.datasets import DataError, FolderImages, collate, shorten
+from quadmamba.data.datasets import Batch, DataError, FolderImages, collate, shorten
+from quadmamba.data.prefetch import Prefetcher
 from quadmamba.data.transforms import Transform, build_transforms
 
+_CPU = torch.device("cpu")
 
-class TrainSampler(DistributedSampler):
+
+class TrainSampler(Sampler[tuple[int, int]]):
     """Shuffled (epoch, index) pairs of one rank; `set_epoch` starts another order.
 
-    The epoch travels with the index, so that worker processes need no other word of it.
+    The order depends on (seed, epoch) alone. Its images are dealt to the ranks one by one, so that
+    k batches of all ranks are the same images for any number of ranks with the same total batch.
+    What does not fill a share of every rank is left out. The epoch travels with the index, so that
+    worker processes need no other word of it.
     """
 
+    def __init__(self, images: int, *, rank: int, world_size: int, seed: int) -> None:
+        self._images, self._rank, self._world_size = images, rank, world_size
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Go to an epoch, after the first `seen` images of its order."""
+        self._epoch, self._seen = epoch, min(seen, self._images)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
+        rng = np.random.default_rng((self._seed, self._epoch))
+        order = rng.permutation(self._images)[self._seen :]
+        share = order[self._rank :: self._world_size][: len(self)]
+        return ((self._epoch, int(index)) for index in share)
+
+    def __len__(self) -> int:
+        return (self._images - self._seen) // self._world_size
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader of (images (b, 3, h, w), targets (b,)).
+    """A DataLoader of normalised (images (b, 3, h, w), targets (b,)) on the device of `prefetcher`.
 
     Raises DataError, in the main process, for an unreadable image that may not be left out; those
     left out are added to `dataset.unreadable`.
@@ -35,13 +58,21 @@ class ImageLoader(DataLoader):
 
     dataset: FolderImages
 
+    def __init__(self, dataset: FolderImages, *, prefetcher: Prefetcher, **options: object) -> None:
+        super().__init__(dataset, **options)
+        self.prefetcher = prefetcher
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        for images, targets, unreadable, error in super().__iter__():
-            if error:
-                raise DataError(error)
-            self.dataset.unreadable.update(unreadable)
-            if images is not None:
-                yield images, targets
+        return self.prefetcher(self.host_batches())
+
+    def host_batches(self) -> Iterator[Batch]:
+        """Batches of bytes in host memory, those without a readable image left out."""
+        for batch in super().__iter__():
+            if batch.error:
+                raise DataError(batch.error)
+            self.dataset.unreadable.update(batch.unreadable)
+            if batch.images is not None:
+                yield batch
 
 
 @dataclass(frozen=True)
@@ -59,9 +90,14 @@ class Loaders:
 
 
 def build_loaders(
-    cfg: CfgNode, *, rank: int = 0, world_size: int = 1, with_train: bool = True
+    cfg: CfgNode,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    with_train: bool = True,
+    device: torch.device = _CPU,
 ) -> Loaders:
-    """Loaders of this rank's share of cfg.DATA.PATH/train and cfg.DATA.PATH/val.
+    """Loaders of this rank's share of cfg.DATA.PATH/train and cfg.DATA.PATH/val, on `device`.
 
     Training drops what does not fill a batch on every rank; validation covers each image exactly
     once over the ranks. Raises DataError for folders, classes or sizes that do not fit.
@@ -78,17 +114,24 @@ def build_loaders(
     val_set = _build_dataset(cfg, "val", transforms.val)
     classes = val_set.classes
     _check_num_classes(cfg, classes)
-    val = _build_loader(cfg, val_set, [(0, i) for i in range(len(val_set))[rank::world_size]])
+    prefetcher = Prefetcher(device, cfg.AUG.REMODE)
+    mine = [(0, i) for i in range(len(val_set))[rank::world_size]]
+    val = _build_loader(cfg, val_set, mine, prefetcher)
     if not with_train:
         return Loaders(None, val, None, classes)
     train_set = _build_dataset(cfg, "train", transforms.train)
     _check_same_classes(cfg.DATA.PATH, train_set.classes, classes)
     _check_batch(cfg, len(train_set), world_size)
-    sampler = TrainSampler(
-        train_set, num_replicas=world_size, rank=rank, seed=cfg.TRAIN.SEED, drop_last=True
-    )
-    train = _build_loader(cfg, train_set, sampler)
+    sampler = TrainSampler(len(train_set), rank=rank, world_size=world_size, seed=cfg.TRAIN.SEED)
+    train = _build_loader(cfg, train_set, sampler, prefetcher)
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """In a worker process: a signal to the whole job does not end it before its parent saved."""
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def skipped_images(loader: ImageLoader) -> set[str]:
@@ -107,18 +150,23 @@ def _build_dataset(cfg: CfgNode, part: str, transform: Transform) -> FolderImage
 
 
 def _build_loader(
-    cfg: CfgNode, dataset: FolderImages, sampler: TrainSampler | list[tuple[int, int]]
+    cfg: CfgNode,
+    dataset: FolderImages,
+    sampler: TrainSampler | list[tuple[int, int]],
+    prefetcher: Prefetcher,
 ) -> ImageLoader:
     return ImageLoader(
         dataset,
+        prefetcher=prefetcher,
         batch_size=cfg.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=cfg.DATA.WORKERS,
         collate_fn=collate,
-        pin_memory=cfg.DATA.PIN_MEMORY and cfg.DEVICE != "cpu" and torch.cuda.is_available(),
+        pin_memory=cfg.DATA.PIN_MEMORY and prefetcher.device.type == "cuda",
         drop_last=isinstance(sampler, TrainSampler),
         persistent_workers=cfg.DATA.WORKERS > 0,
         generator=torch.Generator().manual_seed(cfg.TRAIN.SEED),  # leaves the global one alone
+        worker_init_fn=leave_signals_to_parent,
     )
 
 

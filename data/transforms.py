@@ -1,22 +1,38 @@
-"""From a PIL image to a normalised tensor (3, h, w)."""
+"""From the bytes (h, w, 3) of an image of any size to those of a square one."""
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import Compose
 from yacs.config import CfgNode
 
-Transform = Callable[[Image.Image], Tensor]
+from quadmamba.data.augment import repair
+from quadmamba.data.erasing import Hole, draw_hole
+
+
+class View(NamedTuple):
+    """What a transform makes of an image: bytes (size, size, 3), and what is to be erased."""
+
+    image: Tensor
+    hole: Hole | None = None
+
+
+Transform = Callable[[Tensor], View]
 
 
 class Transforms(NamedTuple):
-    """Image to tensor (3, IMG_SIZE, IMG_SIZE), for training (random) and for validation."""
+    """Bytes (h, w, 3) to (IMG_SIZE, IMG_SIZE, 3), for training (random) and for validation."""
 
     train: Transform
     val: Transform
@@ -25,33 +41,98 @@ class Transforms(NamedTuple):
 def build_transforms(cfg: CfgNode) -> Transforms:
     """The DeiT augmentation of cfg.AUG, and a resize with a centre crop of cfg.DATA.
 
-    Both normalise by ImageNet's mean and standard deviation. Small images are enlarged.
+    Small images are enlarged. Normalisation and the filling of erased areas are the prefetcher's.
     """
     aug, size, interpolation = cfg.AUG, cfg.DATA.IMG_SIZE, cfg.DATA.INTERPOLATION
-    train = create_transform(
+    _, colours, _ = create_transform(
         size,
         is_training=True,
-        scale=tuple(aug.SCALE),
-        hflip=aug.HFLIP,
-        color_jitter=aug.COLOR_JITTER,
+        color_jitter=aug.COLOR_JITTER or None,
         auto_augment=aug.AUTO_AUGMENT or None,
         interpolation=interpolation,
-        re_prob=aug.REPROB,
-        re_mode=aug.REMODE,
+        separate=True,
     )
-    _keep_a_bit(train)
-    val = create_transform(size, interpolation=interpolation, crop_pct=cfg.DATA.CROP_RATIO)
-    return Transforms(train, val)
+    repair(colours)
+    train = TrainTransform(
+        size,
+        scale=tuple(aug.SCALE),
+        hflip=aug.HFLIP,
+        colours=colours,
+        reprob=aug.REPROB,
+        interpolation=interpolation,
+    )
+    return Transforms(train, ValTransform(size, cfg.DATA.CROP_RATIO, interpolation))
 
 
-def _keep_a_bit(transform: Compose) -> None:
-    """Let posterize keep 1 bit: timm asks for 0 at its ends, which Pillow from 13 on refuses."""
-    for step in transform.transforms:
-        policy = [op for ops in getattr(step, "policy", ()) for op in ops]
-        for op in getattr(step, "ops", policy):
-            if op.name.startswith("Posterize"):
-                op.level_fn = partial(_at_least_one, op.level_fn)
+class TrainTransform:
+    """Random resized crop, flip, what `colours` does to a Pillow image, and a hole to erase.
+
+    scale: area of the crop, as fractions of the image. hflip, reprob: probabilities.
+    """
+
+    ratio = 3 / 4, 4 / 3  # of width to height of the crop
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float],
+        hflip: float,
+        colours: Compose,
+        reprob: float,
+        interpolation: str,
+    ) -> None:
+        self.size = size
+        self.scale = scale
+        self.hflip = hflip
+        self.colours = colours
+        self.reprob = reprob
+        self.interpolation = interpolation
+
+    def __call__(self, image: Tensor) -> View:
+        top, left, h, w = RandomResizedCropAndInterpolation.get_params(
+            image.permute(2, 0, 1), self.scale, self.ratio
+        )
+        crop = image[top : top + h, left : left + w]
+        view = resize(crop, (self.size, self.size), self.interpolation)
+        if self.hflip and random.random() < self.hflip:
+            view = view.flip(1)
+        if self.colours.transforms:
+            view = to_bytes(self.colours(Image.fromarray(view.numpy())))
+        return View(view, draw_hole(self.size, self.reprob))
 
 
-def _at_least_one(level_fn: Callable[..., tuple[int]], level: float, hparams: dict) -> tuple[int]:
-    return (max(1, level_fn(level, hparams)[0]),)
+class ValTransform:
+    """Resize the shorter side to size / crop_ratio, then take the centre."""
+
+    def __init__(self, size: int, crop_ratio: float, interpolation: str) -> None:
+        self.size = size
+        self.short = math.floor(size / crop_ratio)
+        self.interpolation = interpolation
+
+    def __call__(self, image: Tensor) -> View:
+        h, w = image.shape[:2]
+        longer = int(self.short * max(h, w) / min(h, w))
+        h, w = (self.short, longer) if h <= w else (longer, self.short)
+        resized = resize(image, (h, w), self.interpolation)
+        top, left = round((h - self.size) / 2), round((w - self.size) / 2)
+        return View(resized[top : top + self.size, left : left + self.size])
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    """Resample bytes (h, w, 3) with antialiasing as Pillow does, equal but for one level in 0.5 %.
+
+    Rows first where only they become fewer: the order shows, as overshoots are cut off in between.
+    """
+    batch = image[None].permute(0, 3, 1, 2)  # channels last in memory, which torch does fastest
+    steps = [size]
+    if image.shape[0] > size[0] and image.shape[1] <= size[1]:
+        steps.insert(0, (size[0], image.shape[1]))
+    for step in steps:
+        batch = interpolate(batch, step, mode=interpolation, antialias=True)
+    return batch.permute(0, 2, 3, 1)[0].contiguous()  # copies where both sides are as they were
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """The pixels (h, w, 3) of an RGB image."""
+    return torch.from_numpy(np.array(image))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from quadmamba.models.quadmamba import QuadMamba
+from quadmamba.models.release import ReleaseError, from_release, to_release
 
-__all__ = ["QuadMamba", "build_model"]
+__all__ = ["QuadMamba", "ReleaseError", "build_model", "from_release", "to_release"]
 
 
 def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
@@ -22,7 +23,11 @@ def build_model(cfg: Any, num_classes: int | None = None) -> QuadMamba:
         mlp_ratio=model.MLP_RATIO,
         drop_path=model.DROP_PATH,
         window=model.WINDOW,
+        partition=model.PARTITION,
+        selection=model.SELECTION,
         shift=model.SHIFT,
+        shift_directions=model.SHIFT_DIRECTIONS,
         tau=model.TAU,
+        gumbel=model.GUMBEL,
         use_checkpoint=model.USE_CHECKPOINT,
     )

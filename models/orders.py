@@ -20,7 +20,7 @@ window (its first window has positions 16 to 19).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import TypeVar
@@ -30,6 +30,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 SHIFT_SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))  # the directions of successive shifted blocks
+PARTITION_SIDES = (1, 2, 4, 8)  # windows on a side of the grid that a level may have
 _CACHE = 256  # grids x devices whose maps are kept; those of a 56x56 grid take 0.2 MB
 
 
@@ -99,9 +100,31 @@ class WindowOrder:
 
 @dataclass(frozen=True)
 class QuadtreeOrder:
-    """The paper's order (Fig. 1c): four quadrants, the selected one cut in four. A permutation."""
+    """The paper's order (Fig. 1c): four quadrants, the selected one cut in four. A permutation.
 
+    partition: windows on a side outside and inside the selected quadrant (paper Table 5), each a
+    power of 2. (2, 4) is the published one, (2, 2) has one level only.
+    """
+
+    partition: tuple[int, int] = (2, 4)
     nested = True
+
+    def __post_init__(self) -> None:
+        if any(side not in PARTITION_SIDES for side in self.partition):
+            raise ValueError(
+                f"partition: expected two of {PARTITION_SIDES} windows on a side, "
+                f"got {self.partition}"
+            )
+        if self.nested and 1 in self.partition:
+            raise ValueError(
+                "partition: expected at least 2 windows on a side, as one window does not lie in a "
+                f"quadrant (only the release order can scan it), got {self.partition}"
+            )
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the sequence is the same for every selection."""
+        return self.partition[0] == self.partition[1]
 
     def shift(self, h: int, w: int, sign: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns by which a shifted block rolls an h x w grid."""
@@ -109,12 +132,12 @@ class QuadtreeOrder:
 
     def maps(self, h: int, w: int, shift: tuple[int, int], device: torch.device) -> QuadMaps:
         """Maps of an h x w grid rolled by `shift`; scores are rolled along with the tokens."""
-        return _quad_maps(h, w, shift, self.nested, device)
+        return _quad_maps(h, w, shift, self.partition, self.nested, device)
 
 
 @dataclass(frozen=True)
 class ReleaseOrder(QuadtreeOrder):
-    """The official code's order: the fine level is a raster over all 4x4 windows.
+    """The official code's order: a level is a raster over all its windows, 4x4 in the fine one.
 
     Tokens collide: an eighth of the positions hold the sum of two tokens and an eighth are empty.
     Both axes roll by h // 8, and scores are pooled before the roll. The official weights were
@@ -134,13 +157,19 @@ ORDERS: dict[str, type[ScanOrder]] = {
 }
 
 
-def build_order(name: str, window: int) -> ScanOrder:
-    """The order called `name`; raises ValueError that lists the names. `window` is for "window"."""
+def build_order(name: str, window: int = 7, partition: Sequence[int] = (2, 4)) -> ScanOrder:
+    """The order called `name`; raises ValueError that lists the names.
+
+    window is for "window", partition for "quadtree" and "release".
+    """
     if name not in ORDERS:
         raise ValueError(f"scan order: expected one of {', '.join(ORDERS)}, got {name!r}")
     if name == "window" and window < 1:
         raise ValueError(f"window: expected a side of at least 1 token, got {window}")
-    return WindowOrder(window) if name == "window" else ORDERS[name]()
+    if name == "window":
+        return WindowOrder(window)
+    order = ORDERS[name]
+    return order(tuple(partition)) if issubclass(order, QuadtreeOrder) else order()
 
 
 @_kept
@@ -160,22 +189,20 @@ def _window_tables(h: int, w: int, side: int, device: torch.device) -> Tensor:
 
 @_kept
 def _quad_maps(
-    h: int, w: int, shift: tuple[int, int], nested: bool, device: torch.device
+    h: int,
+    w: int,
+    shift: tuple[int, int],
+    partition: tuple[int, int],
+    nested: bool,
+    device: torch.device,
 ) -> QuadMaps:
     y, x = _grid(h, w)
     unrolled = 2 * _split(y, h)[0] + _split(x, w)[0]
     y, x = (y + shift[0]) % h, (x + shift[1]) % w  # where the roll puts each token
-    qy, inner_y, side_y = _split(y, h)
-    qx, inner_x, side_x = _split(x, w)
-    sy, sx = _split(inner_y, side_y)[0], _split(inner_x, side_x)[0]
-    quadrant = 2 * qy + qx
-    levels = (
-        [(qy, 2), (qx, 2), (sy, 2), (sx, 2)] if nested else [(qy, 2), (sy, 2), (qx, 2), (sx, 2)]
-    )
-    coarse = _inverse(_sort_by((qy, 2), (qx, 2), (y, h), (x, w)))
-    fine = _inverse(_sort_by(*levels, (y, h), (x, w)))
+    quadrant = 2 * _split(y, h)[0] + _split(x, w)[0]
+    coarse, fine = (_window_positions(y, x, h, w, windows, nested) for windows in partition)
     tables = None
-    if nested:
+    if nested or partition[0] == partition[1]:
         tables = torch.stack([_inverse(torch.where(quadrant == q, fine, coarse)) for q in range(4)])
         tables = tables.to(device, torch.int32)
     member = (quadrant if nested else unrolled) == torch.arange(4)[:, None]
@@ -183,6 +210,34 @@ def _quad_maps(
     index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant))
     pooling = (m.to(device, torch.float32) for m in (member, count.clamp(min=1)))
     return QuadMaps(*index, *pooling, (count == 0).to(device), tables)
+
+
+def _window_positions(y: Tensor, x: Tensor, h: int, w: int, windows: int, nested: bool) -> Tensor:
+    """Position of each token in the order of windows x windows: halves of halves of each side.
+
+    nested: windows of one quadrant follow one another, at every level; else by rows of windows.
+    """
+    levels = windows.bit_length() - 1
+    rows, columns = _halvings(y, h, levels), _halvings(x, w, levels)
+    halves = [half for pair in zip(rows, columns) for half in pair] if nested else rows + columns
+    return _inverse(_sort_by(*((half, 2) for half in halves), (y, h), (x, w)))
+
+
+def window_index(i: Tensor, side: int, windows: int) -> Tensor:
+    """The number, 0 to windows - 1, of the window of each index on a side."""
+    number = torch.zeros_like(i)
+    for half in _halvings(i, side, windows.bit_length() - 1):
+        number = 2 * number + half
+    return number
+
+
+def _halvings(i: Tensor, side: int | Tensor, levels: int) -> list[Tensor]:
+    """In which half (0, 1) of `side` each index lies, in which half of that half, and so on."""
+    halves = []
+    for _ in range(levels):
+        half, i, side = _split(i, side)
+        halves.append(half)
+    return halves
 
 
 def _grid(h: int, w: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -60,8 +61,9 @@ class QuadMamba(nn.Module):
 
     dims, depths, orders: channels, blocks and scan order (a key of `ORDERS`) of each stage.
     window: side of the windows of "window". ssm_ratio: inner over outer channels of the mixer.
-    shift: roll the grid in every second block of a quadtree stage. tau: Gumbel temperature.
-    drop_path: stochastic depth of the last block; it grows linearly from 0.
+    shift: roll the grid in every second block of a quadtree stage, in turn in the first
+    `shift_directions` (1 to 4) of `SHIFT_SIGNS`. partition: see `QuadtreeOrder`. selection, tau,
+    gumbel: see `QuadSS2D`. drop_path: stochastic depth of the last block; it grows linearly from 0.
     use_checkpoint: recompute blocks in the backward.
 
     Any H, W >= 1. In eval mode the output is a function of the input alone; in training mode
@@ -90,28 +92,37 @@ class QuadMamba(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         window: int = 7,
+        partition: Sequence[int] = (2, 4),
+        selection: str = "predictor",
         shift: bool = True,
+        shift_directions: int = 4,
         tau: float = 1.0,
+        gumbel: bool = True,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if not len(dims) == len(depths) == len(orders) == 4:
             got = f"{len(dims)}, {len(depths)} and {len(orders)}"
             raise ValueError(f"QuadMamba: expected 4 dims, depths and orders, got {got}")
+        if not 1 <= shift_directions <= len(SHIFT_SIGNS):
+            raise ValueError(f"shift_directions: expected 1 to 4, got {shift_directions}")
         self.out_channels, self.in_chans = tuple(dims), in_chans
         self.num_classes, self.use_checkpoint = num_classes, use_checkpoint
         mixer = {"ssm_ratio": ssm_ratio, "d_state": d_state}
         self.drop_path = drop_path
         keep = 1 - torch.linspace(0, drop_path, sum(depths)).view(-1, 1, 1)
         self.register_buffer("keep", keep, persistent=False)  # of each block
+        choice = {"selection": selection, "tau": tau, "gumbel": gumbel}
+        signs = SHIFT_SIGNS[:shift_directions] if shift else [None]
         self.stem = Stem(in_chans, dims[0])
         self.stages = nn.ModuleList()
-        for i, order in enumerate(build_order(name, window) for name in orders):
+        for i, order in enumerate(build_order(name, window, partition) for name in orders):
             blocks = nn.ModuleList()
             for j in range(depths[i]):
                 index = sum(depths[:i]) + j
-                sign = SHIFT_SIGNS[index // 2 % 4] if shift and j % 2 else None
-                op = _build_mixer(dims[i], order, sign, tau, mixer)
+                sign = signs[index // 2 % len(signs)] if j % 2 else None
+                quad = {**choice, "sign": sign, "seed": index}
+                op = _build_mixer(dims[i], order, mixer, quad)
                 blocks.append(Block(dims[i], op=op, mlp_ratio=mlp_ratio))
             self.stages.append(blocks)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in zip(dims, dims[1:]))
@@ -169,11 +180,9 @@ class QuadMamba(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
 
 
-def _build_mixer(
-    dim: int, order: ScanOrder, sign: tuple[int, int] | None, tau: float, mixer: dict[str, float]
-) -> SS2D:
+def _build_mixer(dim: int, order: ScanOrder, mixer: dict[str, Any], quad: dict[str, Any]) -> SS2D:
     if isinstance(order, QuadtreeOrder):
-        return QuadSS2D(dim, order=order, sign=sign, tau=tau, **mixer)
+        return QuadSS2D(dim, order=order, **mixer, **quad)
     return SS2D(dim, order=order, **mixer)
 
 

@@ -49,18 +49,38 @@ def quadrant_logits(score: Tensor, maps: QuadMaps) -> Tensor:
     return (total / maps.count).masked_fill(maps.empty, float("-inf"))
 
 
-def select_quadrant(logits: Tensor, tau: float, training: bool) -> Tensor:
+def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = True) -> Tensor:
     """One-hot choice (b, 4) from logits (b, 4) (paper Eq. 9).
 
     Training: a straight-through Gumbel-softmax sample at temperature `tau`, from torch's global
-    generator: exactly one-hot, with the gradient of the soft sample. Otherwise: argmax, without
-    noise.
+    generator: exactly one-hot, with the gradient of the soft sample. Without `gumbel` the same
+    without noise. Otherwise: argmax, without noise.
     """
     if not training:
         return _one_hot_argmax(logits)
-    gumbel = -torch.empty_like(logits).exponential_().log()
-    soft = ((logits + gumbel) / tau).softmax(-1)
+    if gumbel:
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    soft = (logits / tau).softmax(-1)
     return _one_hot_argmax(soft) + (soft - soft.detach())
+
+
+def first_quadrant(batch: int, device: torch.device) -> Tensor:
+    """One-hot (b, 4): the top left quadrant of every image."""
+    return torch.eye(4, device=device)[:1].repeat(batch, 1)
+
+
+def random_quadrant(batch: int, device: torch.device, seed: int, training: bool) -> Tensor:
+    """One-hot (b, 4), each quadrant with equal probability, whatever the image.
+
+    Training: from torch's global generator. Otherwise from `seed`, so that image i of a batch gets
+    the same quadrant each time.
+    """
+    if training:
+        choice = torch.randint(4, (batch,), device=device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        choice = torch.randint(4, (batch,), generator=generator).to(device)
+    return torch.eye(4, device=device)[choice]
 
 
 def _one_hot_argmax(values: Tensor) -> Tensor:

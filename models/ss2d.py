@@ -27,8 +27,15 @@ from quadmamba.models.orders import (
     WindowOrder,
     cross_routes,
 )
-from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
+from quadmamba.models.quadtree import (
+    QuadPredictor,
+    first_quadrant,
+    quadrant_logits,
+    random_quadrant,
+    select_quadrant,
+)
 
+SELECTIONS = ("predictor", "random", "first")
 DT_MIN, DT_MAX = 1e-3, 0.1  # range of softplus(dt_bias) at initialisation
 
 
@@ -141,7 +148,12 @@ class SS2D(nn.Module):
 class QuadSS2D(SS2D):
     """Token mixer over the learned quadtree sequence, forwards and backwards (paper Alg. 1-4).
 
-    sign: None, or the signs (rows, columns) of this block's shift.
+    sign: None, or the signs (rows, columns) of this block's shift. selection: who chooses the
+    quadrant: "predictor", "random" or "first" (always the top left one). tau, gumbel: temperature
+    and noise of the choice in training. seed: of the random choice in eval.
+
+    predictor: None where nothing is to be chosen: with another selection, or an order whose two
+    levels are the same.
     """
 
     order: QuadtreeOrder
@@ -158,12 +170,20 @@ class QuadSS2D(SS2D):
         d_state: int = 1,
         sign: tuple[int, int] | None = None,
         tau: float = 1.0,
+        gumbel: bool = True,
+        selection: str = "predictor",
+        seed: int = 0,
     ) -> None:
         super().__init__(dim, order=order, ssm_ratio=ssm_ratio, d_state=d_state)
         if tau <= 0:
             raise ValueError(f"QuadSS2D: expected a temperature tau above 0, got {tau}")
-        self.sign, self.tau = sign, tau
-        self.predictor = QuadPredictor(int(dim * ssm_ratio))
+        if selection not in SELECTIONS:
+            expected = ", ".join(SELECTIONS)
+            raise ValueError(f"selection: expected one of {expected}, got {selection!r}")
+        self.sign, self.tau, self.gumbel = sign, tau, gumbel
+        self.selection, self.seed = "first" if order.is_fixed else selection, seed
+        learned = self.selection == "predictor"
+        self.predictor = QuadPredictor(int(dim * ssm_ratio)) if learned else None
 
     def shift(self, h: int, w: int) -> tuple[int, int]:
         """Rows and columns by which this block rolls an h x w grid."""
@@ -173,16 +193,26 @@ class QuadSS2D(SS2D):
         """The selected quadrant, one-hot (b, 4), from the scores (b, h, w) of the tokens."""
         h, w = (operator.index(side) for side in score.shape[1:])
         maps = self.order.maps(h, w, self.shift(h, w), score.device)
-        return select_quadrant(quadrant_logits(score, maps), self.tau, self.training)
+        logits = quadrant_logits(score, maps)
+        return select_quadrant(logits, self.tau, self.training, self.gumbel)
+
+    def select(self, x: Tensor) -> Tensor:
+        """The selected quadrant of the grids x (b, h, w, d), one-hot (b, 4)."""
+        if self.predictor is not None:
+            return self.decide(self.predictor(x))
+        if self.selection == "random":
+            return random_quadrant(len(x), x.device, self.seed, self.training)
+        return first_quadrant(len(x), x.device)
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
         h, w = (operator.index(side) for side in x.shape[1:3])
         maps = self.order.maps(h, w, self.shift(h, w), x.device)
-        decision = self.decide(self.predictor(x))
+        decision = self.select(x)
         x = x.flatten(1, 2)  # (b, l, d)
         return self.ssm.quadtree_scan(x, self.ssm.project(x), decision, maps)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this module."""
-        return f"{super().extra_repr()}, sign={self.sign}, tau={self.tau}"
+        choice = f"selection={self.selection}, tau={self.tau}, gumbel={self.gumbel}"
+        return f"{super().extra_repr()}, sign={self.sign}, {choice}"

@@ -66,11 +66,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(command: list[str], **env: object) -> subprocess.Popen:
-    """Start python with `command` in the root of the project, one thread, no GPU."""
+def start(command: list[str], *, inside: tuple[str, ...] = (), **env: object) -> subprocess.Popen:
+    """Start python with `command` in the root of the project, one thread, no GPU.
+
+    inside: a command that runs another one.
+    """
     values = {"OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **env}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [*inside, sys.executable, *map(str, command)],
         cwd=ROOT,
         env=os.environ | {key: str(value) for key, value in values.items()},
         stdout=subprocess.PIPE,
@@ -79,8 +82,15 @@ def start(command: list[str], **env: object) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; the process is stopped where it takes longer than `timeout`."""
+def finish(
+    process: subprocess.Popen, timeout: float = 120, *, kill: bool = False
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; the process is stopped where it takes longer than `timeout`.
+
+    kill: stop it at once.
+    """
+    if kill:
+        process.kill()
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -88,11 +98,38 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
     return process.returncode, out, err
 
 
-def two_ranks(command: list[str], timeout: float = 120) -> list[tuple[int, str, str]]:
-    """Run `command` as two ranks of one run without a launcher."""
+def start_ranks(command: list[str]) -> list[subprocess.Popen]:
+    """Start `command` as two ranks of one run without a launcher."""
     port = free_port()
     common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-    ranks = [
+    return [
         start(command, **common, MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank) for rank in (0, 1)
     ]
-    return [finish(process, timeout) for process in ranks]
+
+
+def two_ranks(command: list[str], timeout: float = 120) -> list[tuple[int, str, str]]:
+    """Run `command` as two ranks to the end."""
+    return [finish(process, timeout) for process in start_ranks(command)]
+
+
+def state_of(out: Path, tag: str = "default") -> dict[str, object]:
+    """The last checkpoint of a run, without what tells where it ran."""
+    path = out / "quadmamba_lite" / tag / "last.pth"
+    payload = torch.load(path, weights_only=True)
+    return {key: value for key, value in payload.items() if key not in ("config", "versions")}
+
+
+def compare(a: object, b: object, name: str = "checkpoint") -> None:
+    """Assert that two checkpoints hold the same values, bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            compare(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b)):
+            compare(x, y, f"{name}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), name
+    else:
+        assert a == b, name

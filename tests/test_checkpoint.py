@@ -2,14 +2,24 @@
 
 import os
 import pickle
+import threading
+import time
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from quadmamba.utils import checkpoint
-from quadmamba.utils.checkpoint import CheckpointError, load_pretrained, read, read_run, save
+from quadmamba.utils import writer
+from quadmamba.utils.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_pretrained,
+    newest_run,
+    read,
+    read_run,
+)
+from quadmamba.utils.writer import CheckpointWriter, save
 
 
 class Net(nn.Module):
@@ -45,19 +55,129 @@ def both(path, model_top1, ema_top1):
     return states
 
 
+def run_of(number, ema=None):
+    """The checkpoint of a run, told apart by its number."""
+    keys = "optimizer scaler skipped bad_in_row step images metrics best ranks layout"
+    return {
+        **dict.fromkeys(keys.split(), 0),
+        **{"format": FORMAT, "model": Net(seed=number).state_dict(), "ema": ema},
+        **{"updates": number, "epoch": number},
+    }
+
+
+def numbers(folder):
+    """Which checkpoint lies under each name."""
+    return {path.name: read_run(path)["updates"] for path in sorted(folder.glob("*.pth"))}
+
+
 def test_a_failed_write_keeps_the_file_before(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
-    save(path, {"epoch": 1})
+    save(path, run_of(1))
 
     def half(_, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", half)
+    monkeypatch.setattr(writer.torch, "save", half)
     with pytest.raises(CheckpointError, match="No space left"):
-        save(path, {"epoch": 2})
-    assert read(path) == {"epoch": 1}
-    assert os.listdir(tmp_path) == ["last.pth"]
+        save(path, run_of(2))
+    assert numbers(tmp_path) == {"last.pth": 1}
+    assert sorted(os.listdir(tmp_path)) == ["last.pth", "last.safetensors"]
+
+
+def test_the_last_ones_and_the_best_stay(tmp_path):
+    writing = CheckpointWriter(tmp_path, keep=3)
+    for number in range(1, 6):
+        writing.submit(run_of(number), ["best.pth", "last.pth"] if number == 2 else ["last.pth"])
+    writing.wait()
+    expected = {"best.pth": 2, "last.1.pth": 4, "last.2.pth": 3, "last.pth": 5}
+    assert numbers(tmp_path) == expected
+
+
+def test_a_snapshot_is_not_changed_by_what_follows(tmp_path, monkeypatch):
+    go_on = threading.Event()
+
+    def slow(path, payload, *, keep):
+        go_on.wait()
+        save(path, payload, keep=keep)
+
+    monkeypatch.setattr(writer, "save", slow)
+    writing, payload = CheckpointWriter(tmp_path, keep=1), run_of(1)
+    weight = payload["model"]["body.weight"]
+    before = weight.clone()
+    writing.submit(payload, ["last.pth"])
+    weight.zero_()
+    assert writing.busy
+    assert not (tmp_path / "last.pth").exists()
+    go_on.set()
+    writing.wait()
+    assert torch.equal(read_run(tmp_path / "last.pth")["model"]["body.weight"], before)
+
+
+def test_an_error_of_the_thread_comes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "last.pth.tmp").symlink_to("/dev/full")
+    writing = CheckpointWriter(tmp_path, keep=1)
+    writing.submit(run_of(1), ["last.pth"])
+    while writing.busy:
+        time.sleep(0.01)
+    assert writing.failed
+    with pytest.raises(CheckpointError, match="No space left"):
+        writing.submit(run_of(2), ["last.pth"])
+
+
+def test_weights_lie_beside_as_safetensors(tmp_path):
+    ema = Net(seed=5).state_dict()
+    save(tmp_path / "last.pth", run_of(1, ema=ema))
+    model = Net()
+    report = load_pretrained(model, tmp_path / "last.safetensors", adapt_head=False)
+    assert equal(model, ema)
+    assert report.loaded == 4
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_one_flipped_byte_is_detected_wherever_it_is(tmp_path):
+    path = tmp_path / "last.pth"
+    save(path, run_of(1))
+    size = path.stat().st_size
+    places = [*range(0, size, size // 200), *range(size - 100, size)]
+    for place in places:
+        flip(path, place)
+        with pytest.raises(CheckpointError, match="damaged|not a checkpoint"):
+            read(path)
+        flip(path, place)
+    assert read_run(path)["updates"] == 1
+    assert torch.load(path, weights_only=True)["updates"] == 1  # still a file of torch.save
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "remove"])
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, spoil):
+    for number in (1, 2, 3):
+        save(tmp_path / "last.pth", run_of(number), keep=3)
+    last = tmp_path / "last.pth"
+    if spoil == "flip":
+        flip(last, 1000)
+    elif spoil == "cut":
+        last.write_bytes(last.read_bytes()[:-500])
+    else:  # killed between two renames
+        last.unlink()
+    path, refused = newest_run(tmp_path)
+    assert path == tmp_path / "last.1.pth"
+    assert read_run(path)["updates"] == 2
+    assert len(refused) == (spoil != "remove")
+    assert all(str(last) in reason for reason in refused)
+
+
+def test_no_checkpoint_and_none_that_is_whole(tmp_path):
+    assert newest_run(tmp_path) is None
+    assert newest_run(tmp_path / "none") is None
+    (tmp_path / "last.pth").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run can be used"):
+        newest_run(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["bare", "model", "wrapped", "safetensors", "checkpoint"])

@@ -1,4 +1,4 @@
-"""Data: transforms, seeding, sharing over ranks, and every kind of bad folder."""
+"""Data: seeding, sharing over ranks, and every kind of bad folder."""
 
 import random
 import shutil
@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from quadmamba.configs import load_cfg
-from quadmamba.data import DataError, build_loaders, build_transforms, seeded, skipped_images
+from quadmamba.data import DataError, build_loaders, seeded, skipped_images
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -44,71 +41,6 @@ def spoil(path):
 
 def rng_states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-# ---------------------------------------------------------------------------------- transforms
-def test_validation_resizes_then_crops_the_centre():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
-    got = build_transforms(load_cfg()).val(image)
-    resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
-    cropped = TF.to_tensor(TF.center_crop(resized, 224))
-    expected = TF.normalize(cropped, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_small_images_are_enlarged(part):
-    image = Image.new("RGB", (8, 8), "gray")
-    transform = getattr(build_transforms(load_cfg(flags={"DATA.IMG_SIZE": 32})), part)
-    assert transform(image).shape == (3, 32, 32)
-
-
-AUGMENTATIONS = {
-    "crop": ("AUG.SCALE", [0.5, 0.6]),
-    "flip": ("AUG.HFLIP", 0.5),
-    "jitter": ("AUG.COLOR_JITTER", 0.4),
-    "policy": ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"),
-    "erasing": ("AUG.REPROB", 1.0),
-}
-NO_AUGMENTATION = {
-    "AUG.SCALE": [1.0, 1.0],
-    "AUG.HFLIP": 0.0,
-    "AUG.COLOR_JITTER": 0.0,
-    "AUG.AUTO_AUGMENT": "",
-    "AUG.REPROB": 0.0,
-}
-
-
-def train_transform(**flags):
-    return build_transforms(load_cfg(flags=NO_AUGMENTATION | {"DATA.IMG_SIZE": 32} | flags)).train
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_each_augmentation_has_its_key(name):
-    # 64x60: an area fraction of 1 fits no other aspect ratio than the image's own
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 60, 3), np.uint8))
-    key, value = AUGMENTATIONS[name]
-
-    def views(transform):
-        results = []
-        for i in range(4):
-            with seeded(i):
-                results.append(transform(image))
-        return torch.stack(results)
-
-    fixed, varied = views(train_transform()), views(train_transform(**{key: value}))
-    assert (fixed == fixed[0]).all(), "without augmentation every view is the same"
-    assert (varied != fixed).any(), f"{key} changes nothing"
-
-
-@pytest.mark.parametrize(("mode", "colours"), [("const", 1), ("rand", 1), ("pixel", 9)])
-def test_random_erasing_fills(mode, colours):
-    image = Image.new("RGB", (32, 32), "white")
-    with seeded(0):
-        view = train_transform(**{"AUG.REPROB": 1.0, "AUG.REMODE": mode})(image)
-    erased = view[0][view[0] != view[0].max()] if mode != "const" else view[0][view[0] == 0]
-    assert erased.numel() > 9
-    assert (erased.unique().numel() >= colours) if mode == "pixel" else erased.unique().numel() == 1
 
 
 # ------------------------------------------------------------------------------------- seeding
@@ -159,6 +91,17 @@ def test_samples_depend_on_seed_epoch_and_index_only(root):
     assert torch.equal(dataset[0, 3].image, view)
     assert not torch.equal(dataset[1, 3].image, view)
     assert not torch.equal(dataset[0, 4].image, view), "the same file under another index"
+
+
+def test_an_image_does_not_depend_on_its_batch(root):
+    def epoch(size):
+        loader = build_loaders(make_cfg(root, DATA__BATCH_SIZE=size, AUG__REPROB=1.0)).train
+        images = torch.cat([images for images, _ in loader])[:12]
+        return dict(zip(list(loader.sampler), images))
+
+    small, large = epoch(4), epoch(6)
+    assert len(small) == 12
+    assert all(torch.equal(small[draw], large[draw]) for draw in small)
 
 
 def test_workers_see_the_epoch(root):

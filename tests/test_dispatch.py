@@ -93,6 +93,9 @@ def test_the_key_of_a_kernel_tells_what_triton_specialises_for():
         "64 bits": ((x, None, 96 << 30, 0.5), {"BLOCK": 2}),
         "integer": ((x, None, 96, 5), {"BLOCK": 2}),
         "constant": ((x, None, 96, 0.5), {"BLOCK": 4}),
+        "tuple": ((x, None, 96, (x, 32)), {"BLOCK": 2}),
+        "not divisible in a tuple": ((x, None, 96, (x, 33)), {"BLOCK": 2}),
+        "alignment in a tuple": ((x, None, 96, (x[1:], 32)), {"BLOCK": 2}),
     }
     keys = {name: kernel.key(*call) for name, call in calls.items()}
     assert len(set(keys.values())) == len(calls)

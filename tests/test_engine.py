@@ -13,15 +13,17 @@ from runs import two_ranks
 from torch import nn
 
 from quadmamba.utils.distributed import DeviceError, RankError, World, first_host, world_from_env
-from quadmamba.utils.engine import Progress, seed_step
+from quadmamba.utils.hunt import first_not_finite
 from quadmamba.utils.logging import RunLog, duration
 from quadmamba.utils.metrics import Metrics, Tally, metrics_of
-from quadmamba.utils.stepper import Stepper, build_criterion
+from quadmamba.utils.progress import Progress
+from quadmamba.utils.rng import rng_state, seed_step, set_rng_state
+from quadmamba.utils.stepper import Stepper, build_criterion, with_synced_norms
 
 
-def make_stepper(world=None, lr=0.1, **options):
+def make_stepper(world=None, lr=0.1, model=None, **options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    model = model or nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     criterion = build_criterion(mixed=False, label_smoothing=0.1)
     return Stepper(model, optimizer, criterion, world=world or World(), **options)
@@ -78,6 +80,82 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     assert all(map(torch.equal, weights(stepper), weights(other)))
     assert not torch.equal(weights(stepper)[0], before[0])
     assert stepper.skipped.item() == 1
+
+
+def test_a_loss_that_is_not_finite_spoils_its_gradient():
+    class Infinite(nn.CrossEntropyLoss):
+        def forward(self, logits, targets):
+            return super().forward(logits, targets) + math.inf  # with a finite gradient
+
+    stepper = make_stepper()
+    stepper.criterion = Infinite()
+    before = weights(stepper)
+    for count in (1, 2):
+        stepper.backward(*batch(4), parts=1, last=True)
+        stepper.update()
+        assert (stepper.skipped.item(), stepper.bad_in_row.item()) == (count, count)
+    assert all(map(torch.equal, weights(stepper), before))
+    stepper.criterion = nn.CrossEntropyLoss()
+    stepper.backward(*batch(4), parts=1, last=True)
+    stepper.update()
+    assert (stepper.skipped.item(), stepper.bad_in_row.item()) == (2, 0)
+
+
+def test_batch_norms_are_synced_over_the_ranks_of_gpus():
+    def kind(**world):
+        net = with_synced_norms(nn.Sequential(nn.BatchNorm2d(3)), World(**world))
+        return type(net[0])
+
+    assert kind(launched=True, device=torch.device("cuda", 0)) is nn.SyncBatchNorm
+    assert kind(launched=True) is kind(device=torch.device("cuda", 0)) is nn.BatchNorm2d
+
+
+def test_the_compiled_model_takes_the_step(monkeypatch):
+    modes = []
+
+    def compiled(net, mode):
+        modes.append(mode)
+        return lambda images: net(images) * 0
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    loss = make_stepper(compile_mode="reduce-overhead").backward(*batch(4), parts=1, last=True)
+    assert modes == ["reduce-overhead"]
+    assert loss.item() == pytest.approx(math.log(3))
+
+
+class Broken(nn.Sequential):
+    """Its second layer can give NaN, or a gradient that is not finite."""
+
+    def __init__(self, fault):
+        super().__init__(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+        self.fault = fault
+        if fault == "parameter":
+            nn.init.constant_(self[2].bias, math.inf)
+
+    def forward(self, x):
+        x = self[1](self[0](x))
+        if self.fault == "gradient":
+            x = x + (0 * x).sqrt().detach() + (0 * x).sqrt()
+        return self[2](x)
+
+
+def test_the_place_where_numbers_stop_being_finite_is_named():
+    stepper = make_stepper(model=nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)))
+    images, targets = batch(4)
+
+    def find(stepper, images=images):
+        return first_not_finite(stepper.model, lambda: stepper.replay(images, targets))
+
+    assert find(stepper) == ""
+    assert find(stepper, images * math.nan) == "output of module 0 (Linear)"
+    handle = stepper.model[1].register_forward_hook(lambda *args: args[2] / 0)
+    assert find(stepper) == "output of module 1 (GELU)"
+    handle.remove()
+    assert find(stepper) == ""
+    assert find(make_stepper(model=Broken("gradient"))) == (
+        "gradient of the output of module 1 (GELU)"
+    )
+    assert "parameter 2.bias" in find(make_stepper(model=Broken("parameter")))
 
 
 def test_average_follows_its_own_step_after_loading():
@@ -138,10 +216,10 @@ def test_the_best_validation_is_kept():
     def result(top1):
         return Metrics(1.0, top1, 100.0, 10)
 
-    progress = Progress(epoch=1)
+    progress = Progress()
     assert progress.judge({"model": result(50.0), "ema": result(50.0)})
     assert progress.best == {"top1": 50.0, "epoch": 1, "weights": "ema"}
-    progress.epoch = 2
+    progress.next_epoch()
     assert not progress.judge({"model": result(50.0), "ema": result(40.0)})
     assert progress.best["epoch"] == 1
     assert progress.metrics["ema"]["top1"] == 40.0
@@ -158,6 +236,29 @@ def test_a_step_is_seeded_by_its_place():
     for numbers in zip(*(draw(*place) for place in places)):  # of one generator
         assert len(set(numbers)) == len(places)
     assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)
+
+
+def test_generators_continue_where_they_were():
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(1).item()
+
+    seed_step(0, 0, 0, 0)
+    draw()
+    state = rng_state(torch.device("cpu"))
+    numbers = draw()
+    seed_step(1, 0, 0, 0)
+    set_rng_state(state, torch.device("cpu"))
+    assert draw() == numbers
+
+
+def test_a_line_cut_off_by_a_kill_is_ended(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "tr')
+    log = RunLog(tmp_path)
+    log.record("train", 1, loss=1.0)
+    log.close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines[0] == '{"kind": "tr'
+    assert json.loads(lines[1])["loss"] == 1.0
 
 
 def test_log_lines_are_json_whatever_the_numbers(tmp_path, capsys):
@@ -230,13 +331,14 @@ TWO_RANKS = """
 import sys
 import torch
 sys.path.insert(0, "tests")
+from quadmamba.models import QuadMamba
 from quadmamba.utils.distributed import RankError, join, world_from_env
 from test_engine import batch, gradients, make_stepper, weights
 
 images, targets = batch(16)
-with join(world_from_env(), torch.device("cpu"), ()) as world:
+with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
     mine = slice(8 * world.rank, 8 * world.rank + 8)
-    whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world)
+    whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world, accum=2)
     whole.backward(images, targets, parts=1, last=True)
     half.backward(images[mine], targets[mine], parts=1, last=True)
     for i in (0, 4):
@@ -260,6 +362,31 @@ with join(world_from_env(), torch.device("cpu"), ()) as world:
         assert str(error) == "rank 1 failed"
         assert (error.__cause__ is None) == (world.rank == 0)
     assert world.gather(world.rank) == [0, 1]
+    pixels = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for part, share in ((slice(16), None), (mine, world)):
+        model = QuadMamba([8] * 4, depths=[1] * 4, orders=["raster"] * 4, num_classes=3)
+        torch.manual_seed(0)
+        model.load_state_dict(found[0] if found else model.state_dict())
+        found = found or [{key: v.clone() for key, v in model.state_dict().items()}]
+        stepper = make_stepper(share, model=model.to(memory_format=torch.channels_last))
+        stepper.backward(pixels[part], targets[part], parts=1, last=True)
+        found.append(gradients(stepper))
+    assert max(grad.abs().max() for grad in found[1]) > 1e-3
+    for a, b in zip(*found[1:]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = QuadMamba([8] * 4, depths=[2, 1, 1, 1], num_classes=3, use_checkpoint=again)
+        model = model.to(memory_format=torch.channels_last)
+        stepper = make_stepper(world, model=model)
+        for step in range(2):  # a static graph changes its ways after the first one
+            torch.manual_seed(step)
+            stepper.optimizer.zero_grad()
+            stepper.backward(torch.randn(2, 3, 32, 32), targets[:2], parts=1, last=True)
+        found.append(gradients(stepper))
+    assert all(map(torch.equal, *found))
     print("agreed", flush=True)
 """
 

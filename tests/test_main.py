@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from runs import ROOT, arguments, finish, free_port, run, start, write_images
+from runs import ROOT, arguments, finish, free_port, run, start, two_ranks, write_images
 
 from quadmamba.main import main
 from quadmamba.utils import engine
@@ -133,10 +133,11 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(data, trained, tmp_pa
 def test_a_continued_run_ends_with_the_same_bits(
     data, trained, tmp_path, monkeypatch, capsys, explicit
 ):
-    def stop_in_second_epoch(cfg, stepper, loaders, log, epoch):
-        if epoch == 1:
+    def stop_in_second_epoch(cfg, run):
+        if run.progress.epoch == 1:
+            engine.wait_for_writer(run)
             raise KeyboardInterrupt
-        engine_train_epoch(cfg, stepper, loaders, log, epoch)
+        return engine_train_epoch(cfg, run)
 
     engine_train_epoch = engine.train_epoch
     flags = ("--data-path", data, *FLAGS)
@@ -238,6 +239,62 @@ def test_torchrun_evaluates_every_image_once(data, trained, capsys):
     assert [two[key] for key in ("top1", "top5", "images")] == [
         one[key] for key in ("top1", "top5", "images")
     ]
+
+
+def test_two_ranks_judge_37_images_as_one_does(trained, tmp_path, capsys):
+    data = write_images(tmp_path / "data", train=1, val=19)
+    (data / "val/class0/3.png").unlink()
+    weights = ("--eval", "--pretrained", trained / "best.pth")
+    words = arguments(*weights, "--data-path", data, "--batch-size", 8)
+    assert main(words) == 0
+    one = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ends = two_ranks(["main.py", *words])
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    two = json.loads(ends[0][1].splitlines()[-1])
+    assert one["images"] == 37
+    assert [two[k] for k in ("top1", "top5", "images")] == [
+        one[k] for k in ("top1", "top5", "images")
+    ]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_is_used(data, tmp_path, capsys):
+    flags = ("--data-path", data, "--output", tmp_path, "--batch-size", 4)
+    assert run(*flags, "--epochs", 2) == 0
+    last = tmp_path / "quadmamba_lite/default/last.pth"
+    last.write_bytes(last.read_bytes()[:-100])
+    capsys.readouterr()
+    assert run(*flags, "--epochs", 2) == 0
+    out = capsys.readouterr().out
+    warning = out[out.index("warning: ") :]
+    assert warning.index(str(last)) < warning.index("last.1.pth is used instead")
+    assert "after epoch 1 of 2" in out
+    assert state_of(last.parent)["epoch"] == 2
+
+
+def test_another_number_of_ranks_goes_on_with_the_images_that_were_not_seen(
+    data, tmp_path, monkeypatch
+):
+    def leave(cfg, run, names, save=engine.save):
+        save(cfg, run, names)
+        engine.wait_for_writer(run)
+        raise KeyboardInterrupt
+
+    flags = ("--data-path", data, "--output", tmp_path, "--epochs", 1, "--batch-size")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save", leave)
+        patch.setattr(engine, "_is_due", lambda _, run: run.progress.step == 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(*flags, 4)
+    words = arguments(*flags, 2, TRAIN__SAVE_MINUTES=0.0)
+    ends = two_ranks(["main.py", *words])
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    out = ends[0][1]
+    assert "1 ranks x batch 4 x 1 steps, now 2 x 2 x 1" in out
+    assert "not bit-equal" in out
+    assert "after epoch 0 of 1 and 8 images of the next" in out
+    assert out.count("epoch 1/1  step") == 2  # 16 images, 4 in each step
+    assert state_of(tmp_path / "quadmamba_lite/default")["updates"] == 4
 
 
 def test_torchrun_measures_throughput_and_ends_on_all_ranks():

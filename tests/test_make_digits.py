@@ -98,13 +98,24 @@ def test_clutter_repeats_by_seed(tool, tmp_path):
     assert sum(other[name] == data for name, data in first.items() if name.endswith(".png")) == 0
 
 
-def test_clutter_takes_more_training_images(tool, few, tmp_path):
+def test_clutter_takes_more_images(tool, few, tmp_path):
     out = tmp_path / "more"
-    assert tool.main([str(out), "--cluttered", "--size", "48", "--train", "45"]) == 0
+    counts = ["--train", "45", "--val", "12"]
+    assert tool.main([str(out), "--cluttered", "--size", "48", *counts]) == 0
     files = sorted(out.glob("train/*/*.png"), key=lambda path: path.name)
     assert [int(path.parent.name) for path in files] == [few["train"][1][i % 20] for i in range(45)]
     assert len({path.read_bytes() for path in files}) == 45
-    assert len(list(out.glob("val/*/*.png"))) == 10
+    assert len(list(out.glob("val/*/*.png"))) == 12
+
+
+@pytest.mark.usefixtures("few")
+def test_fewer_strokes_leave_more_black(tool, tmp_path):
+    ink = []
+    for strokes in (0, 8, 48):
+        out = tmp_path / str(strokes)
+        assert tool.main([str(out), "--cluttered", "--strokes", str(strokes)]) == 0
+        ink.append(np.mean([np.asarray(Image.open(p)) >= 128 for p in out.glob("*/*/*.png")]))
+    assert 0 < 2 * ink[0] < ink[1] < 0.6 * ink[2]
 
 
 def test_positions_say_where_the_digit_is(tool, few, tmp_path):
@@ -144,9 +155,11 @@ def test_finished_folders_stay_and_others_are_refused(tool, plain, capsys, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "64"], "go with --cluttered"),
-        (["--cluttered", "--size", "8"], "--size 32 or more"),
-        (["--cluttered", "--train", "0"], "--train 10 or more"),
+        (["--size", "64"], "--size expected to go with --cluttered"),
+        (["--seed", "0", "--val", "9"], "--seed and --val expected to go with --cluttered"),
+        (["--cluttered", "--size", "8"], "--size 32 or more, got 8"),
+        (["--cluttered", "--train", "0"], "--train 10 or more, got 0"),
+        (["--cluttered", "--strokes", "-1"], "--strokes 0 or more, got -1"),
     ],
 )
 def test_wrong_options_exit_with_2(tool, options, message, tmp_path, capsys):

@@ -158,3 +158,54 @@ def test_registry_and_unknown_order():
     assert set(ORDERS) == {"raster", "window", "quadtree", "release"}
     with pytest.raises(ValueError, match="expected one of raster, window, quadtree, release"):
         build_order("hilbert", 7)
+
+
+# ----------------------------------------------------------------------------------- partitions
+PARTITIONS = {
+    "quadtree": [(2, 2), (2, 4), (4, 8), (4, 2), (8, 8)],
+    "release": [(1, 2), (2, 2), (4, 8), (1, 8)],
+}
+
+
+def window_position(y, x, h, w, windows, nested):
+    """The key by which a token is sorted: its window, then its place, on sides that divide."""
+    sy, sx = h // windows, w // windows
+    wy, wx = y // sy, x // sx
+    if not nested:
+        return wy, wx, y % sy, x % sx
+    key, half = (), windows
+    while half > 1:  # quadrant, quadrant of the quadrant, ...
+        half //= 2
+        key += (wy // half % 2, wx // half % 2)
+    return *key, y % sy, x % sx
+
+
+@pytest.mark.parametrize(
+    ("name", "partition"), [(n, p) for n, all_of in PARTITIONS.items() for p in all_of]
+)
+def test_partitions_scan_window_after_window(name, partition):
+    order, (h, w), shift = build_order(name, 0, list(partition)), (16, 24), (2, -3)
+    maps = order.maps(h, w, shift, CPU)
+    tokens = [((y + shift[0]) % h, (x + shift[1]) % w) for y in range(h) for x in range(w)]
+    for found, windows in zip((maps.coarse, maps.fine), partition):
+        keys = [window_position(y, x, h, w, windows, order.nested) for y, x in tokens]
+        rank = {key: position for position, key in enumerate(sorted(keys))}
+        assert found.tolist() == [rank[key] for key in keys]
+    assert order.is_fixed == (partition[0] == partition[1]) == torch.equal(maps.coarse, maps.fine)
+    assert (maps.tables is not None) == (name == "quadtree" or order.is_fixed)
+    if maps.tables is not None:
+        for q, table in enumerate(maps.tables.long()):
+            position = torch.where(maps.quadrant == q, maps.fine, maps.coarse).long()
+            assert torch.equal(position[table], torch.arange(h * w))
+
+
+@pytest.mark.parametrize(
+    ("name", "partition", "message"),
+    [
+        ("quadtree", (1, 2), "one window does not lie in a quadrant"),
+        ("release", (2, 3), r"expected two of \(1, 2, 4, 8\) windows on a side, got \(2, 3\)"),
+    ],
+)
+def test_impossible_partitions_are_named(name, partition, message):
+    with pytest.raises(ValueError, match=message):
+        build_order(name, 0, partition)

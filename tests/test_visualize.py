@@ -13,13 +13,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from quadmamba.models import QuadMamba
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ReleaseOrder
 from quadmamba.models.ss2d import QuadSS2D
-from quadmamba.utils.visualize import (
-    GAP,
-    block_views,
-    partition_images,
-    quad_blocks,
-    window_map,
-)
+from quadmamba.utils.views import block_views, quad_blocks, window_map
+from quadmamba.utils.visualize import GAP, partition_images
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "visualize.py"
 CONFIG = """
@@ -46,10 +41,16 @@ def scores_for(op, h, w, chosen):
     return member[chosen].view(1, h, w)
 
 
+def windows(op, h, w, chosen):
+    """Windows (h, w) where `op` selects this quadrant, and whether each token is in it."""
+    decision = torch.eye(4)[[chosen]]
+    return (grid[0] for grid in window_map(op, decision, h, w))
+
+
 # -------------------------------------------------------------------------------------- windows
 def test_windows_of_a_shifted_grid():
     op = mixer(QuadtreeOrder(), sign=(1, -1))  # an 8x8 grid rolls one row down, one column left
-    got = window_map(op, scores_for(op, 8, 8, 1))[0]
+    got, _ = windows(op, 8, 8, 1)
     assert got.tolist() == [
         [5, 0, 0, 0, 0, 4, 4, 5],
         [7, 0, 0, 0, 0, 6, 6, 7],
@@ -68,8 +69,9 @@ def test_windows_follow_one_another_in_the_sequence(h, w, sign):
     op = mixer(QuadtreeOrder(), sign)
     maps = op.order.maps(h, w, op.shift(h, w), torch.device("cpu"))
     for chosen in range(4):
-        window = window_map(op, scores_for(op, h, w, chosen)).flatten()
-        assert torch.equal(window >= 4, maps.quadrant == chosen)
+        window, selected = (grid.flatten() for grid in windows(op, h, w, chosen))
+        assert torch.equal(selected, maps.quadrant == chosen)
+        assert torch.equal(window >= 4, selected)
         assert torch.equal(window[window < 4], maps.quadrant[maps.quadrant != chosen].long())
         runs = torch.unique_consecutive(window[maps.tables[chosen].long()])
         assert len(runs) == len(window.unique()), "each window is one run of the sequence"
@@ -81,8 +83,8 @@ def test_the_release_selects_where_its_own_maps_say():
     op = mixer(ReleaseOrder(), sign=(1, 1))
     maps = op.order.maps(16, 24, op.shift(16, 24), torch.device("cpu"))
     for chosen in range(4):
-        window = window_map(op, scores_for(op, 16, 24, chosen))
-        assert torch.equal(window.flatten() >= 4, maps.quadrant == chosen)
+        window, selected = windows(op, 16, 24, chosen)
+        assert torch.equal(selected.flatten(), maps.quadrant == chosen)
         assert window.unique().numel() == 7
 
 

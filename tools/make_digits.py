@@ -24,7 +24,14 @@ from sklearn.model_selection import train_test_split
 
 VAL_IMAGES = 360
 SIDES = (0.1, 0.4)  # side of a digit on the cluttered canvas, as fractions of the canvas
-STROKES = 48  # stray pieces tried for a canvas; those that touch the digit are left out
+# Options of --cluttered: the default and the least value
+_CLUTTER = {
+    "size": (112, 32),
+    "seed": (0, 0),
+    "strokes": (48, 0),
+    "train": (None, 10),
+    "val": (None, 10),
+}
 FAINT = 32  # grey values below it count as background
 
 
@@ -41,19 +48,19 @@ def load_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def clutter(
-    images: np.ndarray, index: int, size: int, rng: np.random.Generator
+    images: np.ndarray, index: int, size: int, strokes: int, rng: np.random.Generator
 ) -> tuple[Image.Image, tuple[int, int, int]]:
     """Paste images[index] at a random place and scale amid pieces of the other images.
 
-    images: (n, 8, 8) uint8. Returns a grey canvas of size x size pixels, and the top, left and
-    side of the digit's square on it. No piece touches the strokes of the digit.
+    images: (n, 8, 8) uint8. strokes: pieces to try; those that touch the digit are left out.
+    Returns a grey canvas of size x size pixels, and the top, left and side of the digit's square.
     """
     side = _random_side(size, rng)
     top, left = (int(v) for v in rng.integers(0, size - side + 1, 2))
     canvas = Image.new("L", (size, size))
     canvas.paste(_scaled(images[index], side, side), (left, top))
     taken = canvas.filter(ImageFilter.MaxFilter(2 * (side // 8) + 1))
-    for _ in range(STROKES):
+    for _ in range(strokes):
         other = (index + rng.integers(1, len(images))) % len(images)
         piece = _cut(images[other], _random_side(size, rng), rng)
         x, y = rng.integers(0, size - piece.width + 1), rng.integers(0, size - piece.height + 1)
@@ -86,22 +93,24 @@ def write_plain(out: Path) -> None:
             _save(Image.fromarray(image), out / _name(part, label, index))
 
 
-def write_cluttered(out: Path, size: int, seed: int, train: int | None) -> None:
-    """Write cluttered digits, one canvas for each (or `train` canvases), and positions.csv.
+def write_cluttered(out: Path, args: argparse.Namespace) -> None:
+    """Write cluttered digits, args.train and args.val canvases (None: one for each digit).
 
-    Canvas i shows digit i modulo their number, and depends on (seed, part, i) alone.
+    positions.csv says where each digit is. Canvas i shows digit i modulo their number, and depends
+    on (size, strokes, seed, part, i) alone.
     """
     with open(out / "positions.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "center_y", "center_x", "side", "size"])
         for number, (part, (images, labels)) in enumerate(load_split().items()):
-            count = train if part == "train" and train else len(images)
-            for i in range(count):
-                rng = np.random.default_rng((seed, number, i))
-                canvas, (top, left, side) = clutter(images, i % len(images), size, rng)
+            for i in range(vars(args)[part] or len(images)):
+                rng = np.random.default_rng((args.seed, number, i))
+                canvas, (top, left, side) = clutter(
+                    images, i % len(images), args.size, args.strokes, rng
+                )
                 name = _name(part, labels[i % len(images)], i)
                 _save(canvas, out / name)
-                writer.writerow([name, top + side / 2, left + side / 2, side, size])
+                writer.writerow([name, top + side / 2, left + side / 2, side, args.size])
 
 
 def _name(part: str, label: int, index: int) -> str:
@@ -121,14 +130,18 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cluttered", action="store_true", help="small digits amid stray strokes")
     parser.add_argument("--size", type=int, help="side of a cluttered canvas (default 112)")
     parser.add_argument("--seed", type=int, help="seed of the clutter (default 0)")
+    parser.add_argument("--strokes", type=int, metavar="N", help="stray pieces (default 48)")
     parser.add_argument("--train", type=int, metavar="N", help="cluttered training images")
+    parser.add_argument("--val", type=int, metavar="N", help="cluttered validation images")
     args = parser.parse_args(argv)
-    if not args.cluttered and (args.size, args.seed, args.train) != (None, None, None):
-        parser.error("--size, --seed and --train go with --cluttered")
-    args.size = 112 if args.size is None else args.size
-    args.seed = 0 if args.seed is None else args.seed
-    if args.size < 32 or args.seed < 0 or (args.train is not None and args.train < 10):
-        parser.error("expected --size 32 or more, --seed 0 or more and --train 10 or more")
+    given = [key for key in _CLUTTER if vars(args)[key] is not None]
+    if not args.cluttered and given:
+        parser.error(f"--{' and --'.join(given)} expected to go with --cluttered")
+    for key, (default, lowest) in _CLUTTER.items():
+        if key not in given:
+            setattr(args, key, default)
+        elif vars(args)[key] < lowest:
+            parser.error(f"expected --{key} {lowest} or more, got {vars(args)[key]}")
     return args
 
 
@@ -153,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     part.chmod(0o755)
     if args.cluttered:
-        write_cluttered(part, args.size, args.seed, args.train)
+        write_cluttered(part, args)
     else:
         write_plain(part)
     (part / marker.name).write_text(json.dumps(done) + "\n")

@@ -1,30 +1,42 @@
-"""Draw the score map and the chosen partition of every quad block, one PNG an image.
+"""Draw what a model does with images.
 
     python tools/visualize.py dog.jpg cat.jpg --cfg configs/quadmamba_small.yaml \\
-        --pretrained best.pth --output pictures
+        --pretrained best.pth --output pictures --what partition
 
-Columns: the image, then the blocks. Upper row: scores, dark (lowest) to light (highest). Lower row:
-the partition; the selected quadrant is bright and cut in four. The head of the weights does not
-matter. Wrong input ends with a message and exit code 2.
+--what partition  scores (dark to light) and the chosen partition of each quad block; the selected
+                  quadrant is bright and cut in smaller windows. One PNG an image.
+--what path       the scan path of each kind of block over the image, from blue to yellow. One PNG
+                  an image.
+--what erf        the effective receptive field of each stage, over all images. One PNG.
+
+Without --pretrained the weights are random. The head of the weights does not matter. Wrong input
+ends with a message and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, build_transforms, read_image
+from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
 from quadmamba.utils.distributed import DeviceError, World, choose_device
-from quadmamba.utils.visualize import partition_images, quad_blocks
+from quadmamba.utils.receptive_field import field_image
+from quadmamba.utils.scan_path import path_images
+from quadmamba.utils.views import quad_blocks
+from quadmamba.utils.visualize import partition_images
 
 _CAPTION = 16  # height of the line of captions, in pixels
+KINDS = ("partition", "path", "erf")
 
 
 def visualize(args: argparse.Namespace) -> list[Path]:
@@ -32,20 +44,41 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     cfg = load_cfg(args.cfg, opts=args.opts)
     device = choose_device(cfg.DEVICE, World())
     transform = build_transforms(cfg).val
-    images = [transform(read_image(path)) for path in args.images]
+    read = [transform(read_image(path)).image for path in args.images]
+    images = [normalise(image[None].to(device))[0] for image in read]
+    torch.manual_seed(cfg.TRAIN.SEED)
     model = build_model(cfg)
-    names = ["image", *quad_blocks(model)]
-    if len(names) == 1:
+    if args.what == "partition" and not quad_blocks(model):
         raise ConfigError(f"{args.cfg}: expected a quadtree or release stage in MODEL.ORDERS")
-    print(f"loaded {load_pretrained(model, args.pretrained, adapt_head=True)}")
+    if args.pretrained:
+        print(f"loaded {load_pretrained(model, args.pretrained, adapt_head=True)}")
+    else:
+        print("random weights: give trained ones with --pretrained")
     model.to(device)
     _make_folder(args.output)
+    names = [f"{number:02d}_{path.stem}" for number, path in enumerate(args.images, 1)]
+    if args.what == "erf":
+        names, images = ["erf"], [torch.stack(images)]
     paths = []
-    for number, (source, image) in enumerate(zip(args.images, images), 1):
-        picture = partition_images(model, image[None].to(device))[0]
-        paths.append(args.output / f"{number:02d}_{source.stem}.png")
-        caption(to_pil_image(picture), names).save(paths[-1])
+    for name, captions, picture in _pictures(args.what, model, names, images):
+        paths.append(args.output / f"{name}.png")
+        caption(to_pil_image(picture), captions).save(paths[-1])
     return paths
+
+
+def _pictures(
+    what: str, model: nn.Module, names: list[str], images: list[Tensor]
+) -> Iterator[tuple[str, list[str], Tensor]]:
+    """Name, captions of the columns and picture (3, H, W) of each image, or of the batch of erf."""
+    for name, image in zip(names, images):
+        if what == "erf":
+            captions, pictures = field_image(model, image)
+        elif what == "path":
+            captions, pictures = path_images(model, image[None])
+        else:
+            captions = ["image", *quad_blocks(model)]
+            pictures = partition_images(model, image[None])
+        yield name, captions, pictures[0]
 
 
 def caption(picture: Image.Image, names: list[str]) -> Image.Image:
@@ -71,8 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--what", choices=KINDS, default=KINDS[0], help="kind of picture")
     parser.add_argument("--cfg", required=True, metavar="YAML", help="configuration of the model")
-    parser.add_argument("--pretrained", required=True, metavar="CKPT", help="weights")
+    parser.add_argument("--pretrained", metavar="CKPT", help="weights")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys")
     try:

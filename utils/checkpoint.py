@@ -1,21 +1,30 @@
-"""Checkpoints: dicts of tensors and plain values, written atomically, read without running code.
+"""Checkpoints: dicts of tensors and plain values, read without running code.
 
 | key | value |
 |---|---|
-| format | 1 |
+| format | 2 |
 | model, ema | state dicts; ema is None where no average is kept |
-| optimizer, scaler, updates | AdamW, loss scaling, and the number of optimizer steps so far |
-| epoch | epochs completed |
+| optimizer, scaler | AdamW with its learning rates, loss scaling |
+| updates | optimizer steps so far: the step of the schedule and of the average |
+| skipped, bad_in_row | steps left out for a gradient that was not finite; those in a row till now |
+| epoch | epochs completed and validated |
+| step, images | in the epoch after these: batches of each rank, images of all ranks so far |
 | metrics | {"model": {...}, "ema": {...}} of the last validation, {} before the first |
 | best | {"top1", "epoch", "weights"} of the best validation, {} before the first |
-| config, versions | the configuration as nested plain dicts; versions of what computed it |
+| ranks | for each rank its random generators ("rng") and the sums of the next log line ("window") |
+| layout | {"ranks", "batch", "accum"}: processes, images of one per step, steps per update |
+| config, versions | the configuration as nested plain dicts; commit and library versions |
+
+The file is one of torch.save. Its ZIP comment is "sha256:" and the checksum of all that is before,
+taken with a comment of length 0. Read by `read`, which checks it; written in utils.writer.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import hashlib
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +35,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1
+FORMAT = 2
 LAST, BEST = "last.pth", "best.pth"
+_KEYS = (
+    *("model", "ema", "optimizer", "scaler", "updates", "skipped", "bad_in_row"),
+    *("epoch", "step", "images", "metrics", "best", "ranks", "layout"),
+)
 _HEAD = "head.fc."
+_SUM = b"sha256:"
+_TAIL = 2 + len(_SUM) + 64  # length of the comment, then the comment
+_CHUNK = 1 << 20
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
@@ -62,27 +78,41 @@ def plain(tree: Mapping[str, object]) -> dict[str, object]:
     return {key: plain(v) if isinstance(v, Mapping) else v for key, v in tree.items()}
 
 
-def save(path: Path, payload: Mapping[str, object]) -> None:
-    """Write `payload` so that `path` is at any moment the old file or the whole new one.
+def older(path: Path, number: int) -> Path:
+    """The name of the file that was `path` so many saves ago: last.pth, last.1.pth, ..."""
+    return path.with_suffix(f".{number}{path.suffix}") if number else path
 
-    Raises CheckpointError where the folder or the disk does not take it; `path` is then as it was.
+
+def sum_comment(digest: hashlib._Hash) -> bytes:
+    """The end of a file of ours: the length of the ZIP comment, and the comment."""
+    comment = _SUM + digest.hexdigest().encode()
+    return struct.pack("<H", len(comment)) + comment
+
+
+def _check_sum(path: Path) -> bool:
+    """Compare the checksum in the file with its bytes; False where it has none.
+
+    Raises CheckpointError where they differ.
     """
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("wb") as file:
-            torch.save(dict(payload), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise CheckpointError(f"cannot write {path}: {error}; the file before is kept") from error
+    left = path.stat().st_size - _TAIL
+    if left < 0:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(left)
+        tail = file.read()
+        if not tail[2:].startswith(_SUM):
+            return False
+        file.seek(0)
+        while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    digest.update(b"\0\0")
+    if tail != sum_comment(digest):
+        raise CheckpointError(
+            f"{path} is damaged: its bytes do not have the checksum that was written with them"
+        )
+    return True
 
 
 def read(path: str | Path) -> dict[str, object]:
@@ -99,7 +129,8 @@ def read(path: str | Path) -> dict[str, object]:
             return dict(safetensors.torch.load_file(path))
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if not zipfile.is_zipfile(path):
+    summed = _check_sum(path)
+    if not _is_zip(path):
         raise CheckpointError(
             f"{path} is not a checkpoint, or it is cut off: expected a whole file written by "
             "torch.save or a .safetensors file"
@@ -116,14 +147,51 @@ def read(path: str | Path) -> dict[str, object]:
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {first}") from error
     if not isinstance(payload, dict):
         raise CheckpointError(f"{path}: expected a dict of weights, got {type(payload).__name__}")
+    if payload.get("format") == FORMAT and not summed:
+        raise CheckpointError(f"{path} is damaged: its checksum is missing")
     return payload
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def newest_run(folder: Path) -> tuple[Path, list[str]] | None:
+    """The newest checkpoint in `folder` that is whole, and why newer ones are not used.
+
+    None where there is no checkpoint. Raises CheckpointError where there are some, all damaged.
+    """
+    pattern = re.compile(rf"{Path(LAST).stem}\.(\d+)\{Path(LAST).suffix}")
+    numbers = [int(m[1]) for m in map(pattern.fullmatch, _names(folder)) if m]
+    paths = [older(folder / LAST, number) for number in (0, *sorted(numbers))]
+    paths = [path for path in paths if path.exists()]
+    refused = []
+    for path in paths:
+        try:
+            read_run(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            return path, refused
+    if refused:
+        raise CheckpointError(
+            "no checkpoint of this run can be used (another --tag starts anew):\n  "
+            + "\n  ".join(refused)
+        )
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def read_run(path: str | Path) -> dict[str, object]:
     """The checkpoint of a run, to continue it. Raises CheckpointError also for mere weights."""
     payload = read(path)
-    expected = ("model", "ema", "optimizer", "scaler", "updates", "epoch", "metrics", "best")
-    missing = [key for key in expected if key not in payload]
+    missing = [key for key in _KEYS if key not in payload]
     if payload.get("format") != FORMAT or missing:
         raise CheckpointError(
             f"{path}: expected a checkpoint of a run, format {FORMAT}, got format "
@@ -207,7 +275,8 @@ def _pick(
     if not any(found.values()):
         found["model"] = _as_state(payload)
     found = {name: state for name, state in found.items() if state}
-    wanted = _better(payload, found) if weights == "auto" else weights
+    judged = {**found, "metrics": payload.get("metrics")}
+    wanted = better_weights(judged) if weights == "auto" else weights
     if wanted not in found:
         raise CheckpointError(
             f"{path}: expected {'model' if weights == 'auto' else weights} weights, "
@@ -216,11 +285,12 @@ def _pick(
     return wanted, {_unwrapped(key): value for key, value in found[wanted].items()}
 
 
-def _better(payload: Mapping[str, object], found: Mapping[str, object]) -> str:
-    if "ema" not in found:
+def better_weights(payload: Mapping[str, object]) -> str:
+    """ "model" or "ema": the one with the better top-1 in `payload`, where unknown the average."""
+    if not payload.get("ema"):
         return "model"
     metrics = payload.get("metrics")
-    if "model" in found and isinstance(metrics, Mapping) and {"model", "ema"} <= set(metrics):
+    if payload.get("model") and isinstance(metrics, Mapping) and {"model", "ema"} <= set(metrics):
         return "ema" if metrics["ema"]["top1"] >= metrics["model"]["top1"] else "model"
     return "ema"
 

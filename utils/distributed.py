@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_FAILED = "failed"
+from quadmamba.utils.meeting import fresh_part
+from quadmamba.utils.watch import CRASH, USER_ERROR, Watch
+
+_SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
 
 
 class DeviceError(RuntimeError):
@@ -24,7 +29,14 @@ class DeviceError(RuntimeError):
 
 
 class RankError(RuntimeError):
-    """All ranks stop because of an error, which is the cause of this one on the rank to tell it."""
+    """All ranks stop because of an error, which is the cause of this one on the rank to tell it.
+
+    code: the exit code of this rank.
+    """
+
+    def __init__(self, message: str, code: int = USER_ERROR) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -138,13 +150,13 @@ def choose_device(kind: str, world: World) -> torch.device:
 
 @contextmanager
 def join(
-    world: World, device: torch.device, errors: tuple[type[Exception], ...]
+    world: World, device: torch.device, errors: tuple[type[Exception], ...], *, timeout: float
 ) -> Iterator[World]:
     """Enter the process group of a launched run (NCCL or gloo by device) and leave it at the end.
 
-    Yields the world with its device. A rank that leaves the block with one of `errors` tells the
-    others: where one of these then loses its partner in a collective, RankError without a cause
-    takes the place of that secondary error.
+    A rank that leaves the block with an error tells the others: one of `errors` is the user's, any
+    other a crash, whose traceback goes to the console of rank 0. A rank that only lost its partner
+    in a collective raises RankError without a cause. timeout: seconds that a collective may take.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -152,23 +164,40 @@ def join(
     if not world.launched:
         yield world
         return
-    store = _enter(world)
+    store = _enter(world, timeout)
+    watch = Watch(store, world.rank, world.size, silence=min(timeout, _SILENCE_S))
+    watch.start()
     try:
         yield world
         dist.barrier()
+        watch.part()
     except RankError:  # all ranks leave
-        dist.destroy_process_group()
         raise
     except errors as error:
-        store.set(_FAILED, f"rank {world.rank}: {error}")
+        _tell(watch, world, f"{error}", USER_ERROR)
+        raise
+    except RuntimeError as error:  # of this rank, or of a collective that another one has left
+        found = watch.failure_elsewhere()
+        if found is None:
+            _tell(watch, world, traceback.format_exc(), CRASH)
+            raise
         _leave_alone(world)
+        raise RankError(f"{error}", found.code) from None
+    except Exception:
+        _tell(watch, world, traceback.format_exc(), CRASH)
         raise
-    except RuntimeError as error:
-        if store.check([_FAILED]):
-            _leave_alone(world)
-            raise RankError(f"{error}") from None
-        raise
-    dist.destroy_process_group()
+    else:
+        dist.destroy_process_group()
+    finally:
+        watch.stop()
+
+
+def _tell(watch: Watch, world: World, text: str, code: int) -> None:
+    """Report an error of this rank, and leave the others."""
+    watch.report(f"rank {world.rank} failed\n{text}", code)
+    _leave_alone(world)
+    if world.is_main:
+        watch.farewell()
 
 
 def _leave_alone(world: World) -> None:
@@ -177,19 +206,21 @@ def _leave_alone(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _enter(world: World) -> dist.Store:
+def _enter(world: World, timeout: float) -> dist.Store:
     """Start the process group; returns the store that the ranks share."""
     if "MASTER_ADDR" not in os.environ:  # a Slurm step: its first host
         os.environ["MASTER_ADDR"] = first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
     store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
+    store = fresh_part(store, rank, size, timeout=timeout)
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("run", store),
         rank=rank,
         world_size=size,
+        timeout=timedelta(seconds=timeout),
         device_id=world.device if on_gpu else None,
     )
     return store

@@ -10,16 +10,6 @@ from quadmamba.utils.graphs import GraphedBackward
 from quadmamba.utils.stepper import Stepper
 
 
-def check_world(world: World) -> None:
-    """Raise DeviceError where a step cannot be one graph."""
-    if world.launched or world.device.type != "cuda":
-        raise DeviceError(
-            "TRAIN.COMPILE graph: expected one process with a GPU and no launcher, got "
-            f"{world.size} on {world.device.type}{' from a launcher' * world.launched}; "
-            "TRAIN.COMPILE off runs everywhere"
-        )
-
-
 class GraphStepper(Stepper):
     """A `Stepper` that records the passes of a batch as a CUDA graph and replays them.
 
@@ -36,7 +26,8 @@ class GraphStepper(Stepper):
         world: World,
         **settings: object,
     ) -> None:
-        check_world(world)
+        _check(world)
+        settings["compile_mode"] = "off"
         super().__init__(model, optimizer, criterion, world=world, **settings)
         self._graphed: dict[int, GraphedBackward] = {}  # by the number of parts
 
@@ -49,3 +40,21 @@ class GraphStepper(Stepper):
 
             self._graphed[parts] = GraphedBackward(eager, list(self.model.parameters()))
         return self._graphed[parts](images, targets)
+
+
+def stepper_kind(compile_mode: str, world: World) -> type[Stepper]:
+    """The class that takes the steps of TRAIN.COMPILE; all ranks stop where it cannot be."""
+    if compile_mode != "graph":
+        return Stepper
+    with world.together(DeviceError):
+        _check(world)
+    return GraphStepper
+
+
+def _check(world: World) -> None:
+    if world.launched or world.device.type != "cuda":
+        raise DeviceError(
+            "TRAIN.COMPILE graph: expected one process with a GPU and no launcher, got "
+            f"{world.size} on {world.device.type}{' from a launcher' * world.launched}; "
+            "TRAIN.COMPILE off runs everywhere"
+        )

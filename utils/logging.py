@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from termcolor import colored
 from torch import Tensor
@@ -44,7 +48,7 @@ class RunLog:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
         try:
-            self._lines = (folder / LOG_FILE).open("a", buffering=1) if folder else None
+            self._lines = _open_lines(folder / LOG_FILE) if folder else None
         except OSError as error:
             raise OutputError(
                 f"OUTPUT: expected a log file that can be written, got {folder}/{LOG_FILE}: "
@@ -70,19 +74,21 @@ class RunLog:
         """One JSON line; numbers go to TensorBoard as `kind`/name at `updates` too. NaN and
         infinities become null.
         """
-        if self._lines is not None:
-            safe = {key: _finite(value) for key, value in values.items()}
-            entry = {"kind": kind, "updates": updates, "time": round(time.time(), 3), **safe}
-            self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{kind}/{name}", value, updates)
+        safe = {key: _finite(value) for key, value in values.items()}
+        entry = {"kind": kind, "updates": updates, "time": round(time.time(), 3), **safe}
+        with _writing():
+            if self._lines is not None:
+                self._lines.write(json.dumps(entry, allow_nan=False) + "\n")
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self._board.add_scalar(f"{kind}/{name}", value, updates)
 
     def images(self, name: str, images: Tensor, updates: int) -> None:
         """Pictures (n, 3, h, w) in [0, 1] to TensorBoard."""
         if self._board is not None:
-            self._board.add_images(name, images, updates)
+            with _writing():
+                self._board.add_images(name, images, updates)
 
     def progress(self, label: str, done: int, total: int) -> None:
         """Draw a progress bar, on a terminal only; it goes away when complete."""
@@ -95,10 +101,32 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
-        if self._lines is not None:
-            self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        with _writing():
+            if self._lines is not None:
+                self._lines.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _open_lines(path: Path) -> TextIO:
+    """The log to append to, after ending the line that a killed run may have left half written."""
+    lines = path.open("a", buffering=1)
+    with path.open("rb") as before:
+        if before.seek(0, os.SEEK_END) and before.seek(-1, os.SEEK_END) and before.read() != b"\n":
+            lines.write("\n")
+    return lines
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """OutputError where the disk takes no more of the log."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"OUTPUT: cannot write the log: {error}; the last checkpoint is kept, and the same "
+            "command goes on from it once there is room"
+        ) from error
 
 
 def _finite(value: object) -> object:

@@ -21,7 +21,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module, *, world_size: int = 1) -> t
 
     "decay" is decayed, "no_decay" is not, "ssm" only with TRAIN.DECAY_SSM. Frozen parameters are
     left out. Fused: one kernel per step, and a step can be skipped on the device
-    (`engine.Stepper`).
+    (`stepper.Stepper`).
     Raises ValueError for a parameter without a tag or with an unknown one.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}

@@ -32,16 +32,26 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=_DTYPES[amp] if on else None, enabled=on)
 
 
+def with_synced_norms(model: nn.Module, world: World) -> nn.Module:
+    """Batch norms that take their statistics over all ranks; PyTorch has them for GPUs only."""
+    if not world.launched or world.device.type == "cpu":
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Stepper:
     """One optimizer step: the gradients of some batches, clipping, AdamW, schedule and average.
 
-    A step whose gradient is not finite is skipped and counted in `skipped`. The gradients are
-    summed over the ranks first, so a fault on one of them is seen by all and they skip together,
-    and the decision stays on the device: the fused optimizer reads it there.
+    A step whose loss or gradient is not finite is skipped, counted in `skipped` and, with those
+    right before it, in `bad_in_row`. The gradients are summed over the ranks first, so a fault on
+    one of them is seen by all and they skip together, and the decision stays on the device: the
+    fused optimizer reads it there.
 
-    amp: "bf16", "fp16" (with loss scaling, which skips a few steps by design) or "off".
-    clip: largest gradient norm, 0 for none.
-    ema_decay: decay of the average of the weights, 0 for no average.
+    accum: batches of a step. amp: "bf16", "fp16" (with loss scaling, which skips a few steps by
+    design) or "off". clip: largest gradient norm, 0 for none. ema_decay: decay of the average of
+    the weights, 0 for no average. sync_bn: batch norms, where the model has any, take their
+    statistics over all ranks. compile_mode: one of torch.compile, or "off".
+    `call` is the model as steps call it: compiled, exchanging gradients.
     """
 
     def __init__(
@@ -55,12 +65,17 @@ class Stepper:
         amp: str = "off",
         clip: float = 0.0,
         ema_decay: float = 0.0,
+        accum: int = 1,
+        sync_bn: bool = False,
+        compile_mode: str = "off",
     ) -> None:
+        model = with_synced_norms(model, world) if sync_bn else model
         self.model, self.optimizer, self.criterion = model, optimizer, criterion
         self.world, self.scheduler, self.amp = world, scheduler, amp
         self.clip = clip or math.inf
         self.updates = 0
         self.skipped = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.bad_in_row = torch.zeros_like(self.skipped)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=world.device.type == "cuda" and amp == "fp16"
         )
@@ -71,21 +86,34 @@ class Stepper:
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                static_graph=accum == 1,  # it does not go with no_sync
             )
+        off = compile_mode == "off"
+        self.call = self.net if off else torch.compile(self.net, mode=compile_mode)
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
 
     def backward(self, images: Tensor, targets: Tensor, *, parts: int, last: bool) -> Tensor:
         """Add the gradient of one of `parts` batches; ranks exchange theirs with the last one.
 
-        Returns the loss.
+        Returns the loss. Where it is not finite, no gradient is, so that all ranks see it.
         """
         wait: contextlib.AbstractContextManager = contextlib.nullcontext()
         if isinstance(self.net, DistributedDataParallel) and not last:
             wait = self.net.no_sync()
         with wait:
             with autocast(self.world.device, self.amp):
-                loss = self.criterion(self.net(images), targets)
-            self.scaler.scale(loss / parts).backward()
+                loss = self.criterion(self.call(images), targets)
+            one = 1 + loss.detach() - loss.detach()  # or NaN
+            self.scaler.scale(one * loss / parts).backward()
+        return loss.detach()
+
+    def replay(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch on this rank alone, after its backward; takes no step."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.world.device, self.amp):
+            loss = self.criterion(self.model(images), targets)
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
     def update(self) -> Tensor:
@@ -94,6 +122,7 @@ class Stepper:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         bad = ~norm.isfinite()
         self.skipped += bad
+        self.bad_in_row = (self.bad_in_row + 1) * bad
         if not self.scaler.is_enabled():
             # the fused kernel reads it, as where a scaler sets it
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -115,6 +144,8 @@ class Stepper:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
+            "skipped": self.skipped,
+            "bad_in_row": self.bad_in_row,
         }
 
     def load_state(self, state: Mapping, where: str) -> None:
@@ -136,6 +167,8 @@ class Stepper:
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.skipped.copy_(state["skipped"])
+        self.bad_in_row.copy_(state["bad_in_row"])
         self.move_to(state["updates"])
 
     def move_to(self, updates: int) -> None:

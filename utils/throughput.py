@@ -40,13 +40,13 @@ def measure(
     @torch.no_grad()
     def infer(images: Tensor) -> Tensor:
         with autocast(world.device, stepper.amp):
-            return stepper.model(images)
+            return stepper.call(images)
 
     def step() -> None:
         stepper.backward(images, targets, parts=1, last=True)
         stepper.update()
 
-    stepper.model.eval()
+    stepper.net.eval()
     call = partial(GraphedCall(infer) if isinstance(stepper, GraphStepper) else infer, images)
     inference, inference_memory = timed(call, world.device, warmup, steps)
     del call  # and the memory of a graph

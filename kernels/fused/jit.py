@@ -19,7 +19,7 @@ class Kernel:
 
     The key of a compiled kernel tells more than Triton asks for, never less: device; dtype and
     16-byte alignment of a tensor; of an integer its width, whether it is 1 and whether 16 divides
-    it; the value of a constant and of any keyword.
+    it; the value of a constant and of any keyword; all this of each part of a tuple.
     """
 
     def __init__(self, function: Callable[..., None], options: dict[str, Any]) -> None:
@@ -46,18 +46,24 @@ class Kernel:
 
     def key(self, args: Sequence[Any], constants: dict[str, Any]) -> tuple[Hashable, ...]:
         """What tells apart the calls for which Triton may compile different kernels."""
-        key: list[Hashable] = []
-        for i, arg in enumerate(args):
-            kind = type(arg)
-            if i in self._constants or arg is None or kind is bool:
-                key += (kind, arg)
-            elif kind is int:
-                key += (arg.bit_length() >> 5, arg % 16 == 0, arg == 1)
-            elif kind is float:
-                key.append(kind)
-            else:
-                key += (arg.dtype, arg.data_ptr() % 16 == 0)
-        return tuple(key), tuple(constants.items())
+        return tuple(_facts(args, self._constants)), tuple(constants.items())
+
+
+def _facts(args: Sequence[Any], constants: frozenset[int] = frozenset()) -> list[Hashable]:
+    key: list[Hashable] = []
+    for i, arg in enumerate(args):
+        kind = type(arg)
+        if i in constants or arg is None or kind is bool:
+            key += (kind, arg)
+        elif kind is int:
+            key += (arg.bit_length() >> 5, arg % 16 == 0, arg == 1)
+        elif kind is float:
+            key.append(kind)
+        elif kind is tuple:
+            key.append(tuple(_facts(arg)))
+        else:
+            key += (arg.dtype, arg.data_ptr() % 16 == 0)
+    return key
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Kernel]:

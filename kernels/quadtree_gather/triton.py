@@ -64,11 +64,11 @@ def _two_source_kernel(
 
 @jit(do_not_specialize=["l", "blocks"])
 def _decision_grad_kernel(
-    tokens: tl.tensor, gathered: tl.tensor, partial: tl.tensor, choice: tl.tensor,
+    tokens: tl.tuple, gathered: tl.tuple, widths: tl.tuple, partial: tl.tensor, choice: tl.tensor,
     tables: tl.tensor, fine: tl.tensor, coarse: tl.tensor, quadrant: tl.tensor, l: tl.tensor,
-    d: tl.tensor, blocks: tl.tensor,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
+    blocks: tl.tensor, PAIRS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Sums over a block of tokens, by quadrant, of all pairs (tokens, gathered) together."""
     pid = tl.program_id(0)
     image = (pid // blocks).to(tl.int64)
     rows = (pid % blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -77,18 +77,22 @@ def _decision_grad_kernel(
     i1 = tl.load(order + tl.load(fine + rows, mask=real, other=0), mask=real, other=0)
     i2 = tl.load(order + tl.load(coarse + rows, mask=real, other=0), mask=real, other=0)
     quad = tl.load(quadrant + rows, mask=real, other=0)
-    base = image * l * d
-    at = base + rows.to(tl.int64)[:, None] * d
-    at1, at2 = base + i1.to(tl.int64)[:, None] * d, base + i2.to(tl.int64)[:, None] * d
     moved = (real & (i1 != i2))[:, None]  # elsewhere the two readings cancel
     dot = tl.zeros((BLOCK_L,), tl.float32)
-    for chunk in range(CHUNKS):
-        cols = (chunk * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-        inside = moved & (cols < d)
-        v = tl.load(tokens + at + cols, mask=inside, other=0.0).to(tl.float32)
-        v1 = tl.load(gathered + at1 + cols, mask=inside, other=0.0).to(tl.float32)
-        v2 = tl.load(gathered + at2 + cols, mask=inside, other=0.0).to(tl.float32)
-        dot += tl.sum(v * (v1 - v2), 1)
+    for pair in tl.static_range(PAIRS):
+        d = widths[pair]
+        base = image * l * d
+        at = base + rows.to(tl.int64)[:, None] * d
+        at1, at2 = base + i1.to(tl.int64)[:, None] * d, base + i2.to(tl.int64)[:, None] * d
+        start = 0
+        while start < d:
+            cols = (start + tl.arange(0, BLOCK_D))[None, :]
+            inside = moved & (cols < d)
+            v = tl.load(tokens[pair] + at + cols, mask=inside, other=0.0).to(tl.float32)
+            v1 = tl.load(gathered[pair] + at1 + cols, mask=inside, other=0.0).to(tl.float32)
+            v2 = tl.load(gathered[pair] + at2 + cols, mask=inside, other=0.0).to(tl.float32)
+            dot += tl.sum(v * (v1 - v2), 1)
+            start += BLOCK_D
     for q in tl.static_range(4):
         tl.store(partial + pid * 4 + q, tl.sum(tl.where(quad == q, dot, 0.0), 0))
 
@@ -134,13 +138,13 @@ def decision_grad(
     """Sum over the pairs of the decision's gradient: (b, 4) float32. All tensors contiguous."""
     b, l, _ = values[0].shape
     blocks = ceil_div(l, SUMS_BLOCK_L)
-    partial = values[0].new_zeros((len(values), b, blocks, 4), dtype=torch.float32)
-    for i, (v, w) in enumerate(zip(values, gathered)):
-        if v.numel():
-            with torch.cuda.device_of(v):
-                _decision_grad_kernel[(b * blocks,)](
-                    v, w, partial[i], choice, tables, fine, coarse, quadrant, l, v.shape[2],
-                    blocks, BLOCK_L=SUMS_BLOCK_L, BLOCK_D=BLOCK_D,
-                    CHUNKS=ceil_div(v.shape[2], BLOCK_D), num_warps=WARPS,
-                )  # fmt: skip
-    return partial.sum((0, 2))
+    partial = values[0].new_empty((b, blocks, 4), dtype=torch.float32)
+    if partial.numel():
+        widths = tuple(v.shape[2] for v in values)
+        with torch.cuda.device_of(partial):
+            _decision_grad_kernel[(b * blocks,)](
+                tuple(values), tuple(gathered), widths, partial, choice, tables, fine, coarse,
+                quadrant, l, blocks,
+                PAIRS=len(values), BLOCK_L=SUMS_BLOCK_L, BLOCK_D=BLOCK_D, num_warps=WARPS,
+            )  # fmt: skip
+    return partial.sum(1)

@@ -154,7 +154,7 @@ def _adjoint_kernel(
     blocks_x: tl.tensor, blocks_d: tl.tensor,
     BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x, and this block's share of the filters' gradient (9, d).
+    """Gradient of x, and this block's share of the filters' gradient (d, 9).
 
     A row of the convolution's gradient meets the rows of x above it, beside it and below it.
     """
@@ -188,10 +188,10 @@ def _adjoint_kernel(
         l0, m0, r0, l1, m1, r1 = l1, m1, r1, l2, m2, r2
         x_above, x_here, x_below = x_here, x_below, x_next
         y += 1
-    part = partial + (tl.program_id(0) // blocks_d).to(tl.int64) * 9 * d + chans
+    part = partial + (tl.program_id(0) // blocks_d).to(tl.int64) * 9 * d + chans * 9
     sums = (da0, da1, da2, db0, db1, db2, dc0, dc1, dc2)
     for k in tl.static_range(9):
-        tl.store(part + k * d, tl.sum(sums[k], 0)[None, :], mask=chans < d)
+        tl.store(part + k, tl.sum(sums[k], 0)[None, :], mask=chans < d)
 
 
 def _grid(x: Tensor, most_rows: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
@@ -227,10 +227,10 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return grad_x, torch.zeros_like(weight)
     grad = _convolve(x, weight, grad, GRAD_WARPS)
     programs, blocks, sides = _grid(x, ADJOINT_ROWS)
-    partial = x.new_empty((programs // blocks[3], 9, x.shape[3]), dtype=torch.float32)
+    partial = x.new_empty((programs // blocks[3], x.shape[3], 9), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _adjoint_kernel[(programs,)](
             grad, weight, x, grad_x, partial, *x.shape[1:], *blocks, **sides,
             num_warps=ADJOINT_WARPS,
         )  # fmt: skip
-    return grad_x, partial.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return grad_x, partial.sum(0).view(weight.shape).to(weight.dtype)

@@ -19,13 +19,10 @@ from quadmamba.kernels.fused.launch import (
 )
 from quadmamba.kernels.fused.predictor.reference import (
     check_predictor,
+    empty_kept,
     predictor_grad_ref,
     predictor_score_ref,
 )
-
-# Widest tokens that the Triton kernels take. At 384 their registers spill, which costs what cuBLAS
-# costs, and on an H200 with Triton 3.6 the float16 result was wrong.
-MAX_D = 256
 
 
 def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> Tensor:
@@ -33,75 +30,98 @@ def predictor_score(x: Tensor, params: Sequence[Tensor], eps: float = 1e-5) -> T
 
     params: norm weight and bias, then weight and bias of four linear layers d -> d -> d2 -> d4
     -> 2, in the order in which a predictor's modules list them. Matrices are multiplied in
-    autocast's dtype where it is on, else in that of x, with float32 sums.
-    Backward keeps x and params alone. On CUDA half precision with d <= 256 takes Triton, the rest
-    the reference, whose time is cuBLAS's.
+    autocast's dtype where it is on, else in that of x, with float32 sums. Runs are bit-equal.
+    Backward keeps x and params; on CUDA half precision takes Triton and keeps the layers before
+    their GELU too, in the dtype of x, where a gradient is wanted. float32 takes the reference.
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError on CUDA without Triton.
     """
     check_predictor(x, params)
-    return _predictor_score(x.to(compute_dtype(x)), list(params), eps)
+    params = list(params)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *params))
+    return _predictor_score(x.to(compute_dtype(x)), params, eps, keep)[0]
 
 
 def _takes_triton(x: Tensor) -> bool:
-    return x.dtype != torch.float32 and x.shape[-1] <= MAX_D
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Tokens (rows, d), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 @triton_op("quadmamba::predictor_score")
-def _predictor_score(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
+def _predictor_score(
+    x: Tensor, params: list[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
     check_half_or_single("predictor_score", x)
     if not _takes_triton(x):
-        return predictor_score_ref(x, params, eps).contiguous()
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    return triton_kernels(__package__, "host").forward(tokens, params, eps).view(x.shape[:-1])
+        return predictor_score_ref(x, params, eps).contiguous(), []
+    kernels = triton_kernels(__package__, "host")
+    score, kept = kernels.forward(_rows(x), params, eps, keep)
+    return score.view(x.shape[:-1]), kept
 
 
 @_predictor_score.register_kernel("cpu")
-def _predictor_score_cpu(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
-    return predictor_score_ref(x, params, eps).contiguous()
+def _predictor_score_cpu(
+    x: Tensor, params: list[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return predictor_score_ref(x, params, eps).contiguous(), []
 
 
 @_predictor_score.register_fake
-def _predictor_score_fake(x: Tensor, params: list[Tensor], eps: float) -> Tensor:
+def _predictor_score_fake(
+    x: Tensor, params: list[Tensor], eps: float, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
     check_predictor(x, params)
-    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    score = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+    return score, empty_kept(x, params) if keep and _takes_triton(x) else []
 
 
 @triton_op("quadmamba::predictor_score_backward")
 def _predictor_score_backward(
-    grad: Tensor, x: Tensor, params: list[Tensor], eps: float
+    grad: Tensor, x: Tensor, kept: list[Tensor], params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
     check_half_or_single("predictor_score", x)
     if not _takes_triton(x):
         return predictor_grad_ref(grad, x, params, eps)
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
     kernels = triton_kernels(__package__, "host")
-    grad_x, grads = kernels.backward(grad.reshape(-1).contiguous(), tokens, params, eps)
+    grad_x, grads = kernels.backward(grad.reshape(-1).contiguous(), _rows(x), kept, params)
     return grad_x.view(x.shape), grads
 
 
 @_predictor_score_backward.register_kernel("cpu")
 def _predictor_score_backward_cpu(
-    grad: Tensor, x: Tensor, params: list[Tensor], eps: float
+    grad: Tensor, x: Tensor, kept: list[Tensor], params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
     return predictor_grad_ref(grad, x, params, eps)
 
 
 @_predictor_score_backward.register_fake
 def _predictor_score_backward_fake(
-    grad: Tensor, x: Tensor, params: list[Tensor], eps: float
+    grad: Tensor, x: Tensor, kept: list[Tensor], params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
     return empty_rows(x), [torch.empty_like(p) for p in params]
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, params, ctx.eps = inputs
-    ctx.save_for_backward(x, *params)
+    x, params, ctx.eps, _ = inputs
+    kept = output[1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*kept)
+    ctx.count = len(kept)
+    ctx.save_for_backward(x, *kept, *params)
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor, list[Tensor], None]:
-    x, *params = ctx.saved_tensors
-    grad_x, grads = _predictor_score_backward(grad, x, params, ctx.eps)
-    return grad_x, grads, None
+def _autograd(
+    ctx: Any, grad: Tensor | None, _: Any
+) -> tuple[Tensor | None, list[Tensor | None], None, None]:
+    x, *rest = ctx.saved_tensors
+    kept, params = rest[: ctx.count], rest[ctx.count :]
+    if grad is None:
+        return None, [None] * len(params), None, None
+    grad_x, grads = _predictor_score_backward(grad, x, kept, params, ctx.eps)
+    return grad_x, grads, None, None
 
 
 _predictor_score.register_autograd(_autograd, setup_context=_save_inputs)
@@ -124,6 +144,7 @@ def _flops(
 def _flops_backward(
     grad_shape: Sequence[int],
     x_shape: Sequence[int],
+    kept_shape: object,
     params_shape: Sequence[Sequence[int]],
     *args: object,
     out_shape: object = None,

@@ -8,6 +8,7 @@ W4 (2, d4), b4. With z the second logit less the first, the score is -softplus(z
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,25 @@ def check_predictor(x: Tensor, params: Sequence[Tensor]) -> None:
                 f"{op}: expected params[{i}] of shape {shape} on {x.device}, "
                 f"got {tuple(param.shape)} on {param.device}"
             )
+
+
+def widths(params: Sequence[Tensor]) -> tuple[int, int, int]:
+    """d, d2 and d4 of the ten params."""
+    return params[2].shape[0], params[4].shape[0], params[6].shape[0]
+
+
+def empty_kept(x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """What the Triton kernels keep for backward beside x (..., d) and params, not yet filled.
+
+    p1, p2, p3 (rows, width): the layers before their GELU. stats (rows, 2) float32: mean and 1 /
+    deviation of each token. matrices: the first three in the dtype of x, the norm folded into the
+    first, and their transposes.
+    """
+    d, d2, d4 = widths(params)
+    rows = math.prod(x.shape[:-1])
+    pre = [x.new_empty((rows, width)) for width in (d, d2, d4)]
+    stats = x.new_empty((rows, 2), dtype=torch.float32)
+    return [*pre, stats, x.new_empty(2 * (d * d + d2 * d + d4 * d2))]
 
 
 def _activations(x: Tensor, params: Sequence[Tensor], eps: float) -> list[Tensor]:

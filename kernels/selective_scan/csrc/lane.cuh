@@ -67,7 +67,7 @@ struct Params {
   const float *A, *D;     // (k, d)
   const int* tables;      // (t, l)
   const int* select;      // (b, k / 2) or (1, k / 2)
-  float* states;          // (b, k, slots, d): what enters each chunk of the walk but the first
+  float* states;          // (b, k, slots, d): the state that enters each chunk of the table
   void* y;                // (b, l, d); dx in the backward pass
   const void* dy;         // (b, l, d)
   void* dproj;            // (b, l, k, m), or with several slabs (slabs, b, l, k, m) in float32
@@ -194,15 +194,23 @@ __device__ __forceinline__ int middle(const Params& p) { return p.chunks / (2 * 
 __device__ __forceinline__ int64_t channel_of(const Params& p, const Walk& w, const Step& s) {
   return static_cast<int64_t>(route_of(p, w, s)) * p.d + w.channel;
 }
+// Where the lane's states at a chunk lie; only chunks below `slots` exist, the rest evens out the turns.
+__device__ __forceinline__ bool has_states(const Params& p, const Walk& w, const Step& s) {
+  return w.active && chunk_of(p, w, s) < p.slots;
+}
 __device__ __forceinline__ int64_t states_of(const Params& p, const Walk& w, const Step& s) {
   const int64_t row = static_cast<int64_t>(w.image) * p.k + route_of(p, w, s);
-  return (row * p.slots + s.index - 1) * p.d + w.channel;
+  return (row * p.slots + chunk_of(p, w, s)) * p.d + w.channel;
 }
 __device__ __forceinline__ int64_t proj_row(const Params& p, const Walk& w, const Step& s, int token) {
   return (static_cast<int64_t>(w.image) * p.l + token) * p.k + route_of(p, w, s);
 }
 
 // ---- launches (lane_forward.cu, lane_backward.cu, lane_pack.cu) ----
+
+// Shared memory of a warp, at most.
+int64_t forward_bytes(int channels, int ranks);
+int64_t backward_bytes(int channels, int ranks);
 
 template <typename T>
 void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream);

@@ -27,21 +27,30 @@ Split make_split(const Sizes& s) {
   return {channels, ranks <= 2 ? ranks : ranks <= 4 ? 4 : lane::kMaxTiles};
 }
 
+// Strips of a block and warps that take turns at each: at most `most` strips, and no more warps of `bytes` of shared
+// memory than a block of this GPU holds. Two take turns where there are few warps for the GPU.
+void set_warps(lane::Params& p, const Inputs& in, int most, int64_t bytes) {
+  int limit = 0;
+  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, in.x.get_device_index()), kOp);
+  const int64_t warps = int64_t{2} * p.b * p.strips;
+  p.relay = warps <= 8 * sm_count(in.x, kOp) && 2 * lane::kMaxRelay * bytes <= limit ? lane::kMaxRelay : 1;
+  p.group = std::min(p.strips, most);
+  while (p.group > 1 && (p.strips % p.group || 2 * p.group * p.relay * bytes > limit)) --p.group;
+  p.slabs = p.strips / p.group;
+  p.slots = ceil_div(p.l, lane::kRows);
+  p.chunks = ceil_div(p.slots, p.relay) * p.relay;
+}
+
 // `scratch` keeps the packed weights alive.
-lane::Params make_params(const Inputs& in, const Split& split, int most, Tensor& scratch) {
+lane::Params make_params(const Inputs& in, const Split& split, int most, int64_t bytes, Tensor& scratch) {
   const auto& s = in.size;
   SCAN_CHECK(s.l * s.d <= INT32_MAX, kOp, "expected fewer than 2^31 numbers per image on CUDA, got ", s.l,
              " tokens of ", s.d, " channels");
   lane::Params p{};
   const int width = 32 * split.channels, steps = (split.ranks + 1) / 2;
   p.b = s.b, p.l = s.l, p.d = s.d, p.k = s.k, p.r = s.r, p.m = s.m;
-  p.slots = ceil_div(s.l, lane::kRows);
   p.strips = ceil_div(s.d, width);
-  // Where there are few warps for the GPU, two take turns at each strip.
-  p.relay = 2 * s.b * p.strips <= 8 * sm_count(in.x, kOp) ? lane::kMaxRelay : 1;
-  p.chunks = ceil_div(p.slots, p.relay) * p.relay;
-  for (p.group = std::min(p.strips, most); p.strips % p.group;) --p.group;
-  p.slabs = p.strips / p.group;
+  set_warps(p, in, most, bytes);
   SCAN_CHECK(s.b * p.slabs <= INT32_MAX, kOp, "expected fewer than 2^31 blocks, got ", s.b * p.slabs,
              "; split the batch");
   p.select_row = in.select.size(0) == 1 ? 0 : p.k / 2;
@@ -93,7 +102,7 @@ ForwardResult forward_lanes(const Inputs& given) {
   if (y.numel() == 0) return {y, states};
   const Split split = make_split(s);
   Tensor scratch;
-  lane::Params p = make_params(in, split, lane::kMaxGroup, scratch);
+  lane::Params p = make_params(in, split, lane::kMaxGroup, lane::forward_bytes(split.channels, split.ranks), scratch);
   p.y = data<void>(y);
   p.states = data<float>(states);
   dispatch_half(in.x.scalar_type(), [&](auto tag) {
@@ -121,7 +130,8 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
   const Split split = make_split(s);
   Tensor scratch, parts, dz;
   // With the most ranks, smaller blocks: two of them fit into a multiprocessor's shared memory.
-  lane::Params p = make_params(in, split, split.ranks > 4 ? 2 : lane::kMaxGroup, scratch);
+  lane::Params p = make_params(in, split, split.ranks > 4 ? 2 : lane::kMaxGroup,
+                               lane::backward_bytes(split.channels, split.ranks), scratch);
   const bool writes_dz = split.ranks > lane::kSumTiles;
   const int64_t ranks = writes_dz ? 0 : s.r;
   p.columns = static_cast<int>(ranks + 3);

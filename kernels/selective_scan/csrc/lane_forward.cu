@@ -55,7 +55,7 @@ __device__ __forceinline__ void walk_chunk(const Params& p, const Walk& w, const
     }
     relay<kC>(p, w, s, memory, r, factor, sum, state);
   }
-  if (s.index > 0 && w.active) {
+  if (has_states(p, w, s)) {
 #pragma unroll
     for (int c = 0; c < kC; ++c) p.states[states_of(p, w, s) + c] = state[c];
   }
@@ -131,6 +131,15 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
 }
 
 }  // namespace
+
+int64_t forward_bytes(int channels, int ranks) {
+  int64_t bytes = 0;
+  with_shape(channels, ranks, [&](auto c, auto n) {
+    constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
+    bytes = sizeof(Memory<__half, kC, (kN + 1) / 2>) + sizeof(Turn<kC>);
+  });
+  return bytes;
+}
 
 template <typename T>
 void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream) {

@@ -1,0 +1,68 @@
+"""Run main.py with a fault built in: python tests/faulty.py FAULT ... -- WORDS of main.
+
+FAULT: kill=UPDATES (kill -9 before that optimizer step), raise=UPDATES, nan=UPDATES (the MLP of the
+first block gives NaN from that step on), count=N (nan: so many steps only), rank=R (only there),
+delay=SECONDS (each step takes longer), slow_validation=SECONDS (each batch of it takes longer),
+once=FILE (kill, raise: not where FILE exists; it is made).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from quadmamba.main import main
+from quadmamba.utils.stepper import Stepper
+
+
+def install(faults: dict[str, str]) -> None:
+    """Wrap the optimizer step and the model of this process."""
+    here = "rank" not in faults or faults["rank"] == os.environ.get("RANK", "0")
+    init, backward = Stepper.__init__, Stepper.backward
+
+    def built(self, model, *args, **kwargs):
+        init(self, model, *args, **kwargs)
+
+        def spoil(module, inputs, output):
+            del module, inputs
+            first = int(faults["nan"])
+            bad = model.training and first <= self.updates < first + int(faults.get("count", 999))
+            return output * torch.nan if bad else output
+
+        slow = float(faults.get("slow_validation", 0))
+        model.register_forward_pre_hook(lambda net, _: time.sleep(0 if net.training else slow))
+        if here and "nan" in faults:
+            model.stages[0][0].mlp.register_forward_hook(spoil)
+
+    def stepped(self, *args, **kwargs):
+        time.sleep(float(faults.get("delay", 0)))
+        if here and self.updates == int(faults.get("kill", -1)) and once(faults):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here and self.updates == int(faults.get("raise", -1)) and once(faults):
+            raise LookupError("a fault on purpose")
+        return backward(self, *args, **kwargs)
+
+    Stepper.__init__, Stepper.backward = built, stepped
+
+
+def once(faults: dict[str, str]) -> bool:
+    """Whether the fault is still to come."""
+    if "once" not in faults:
+        return True
+    path = Path(faults["once"])
+    if path.exists():
+        return False
+    path.touch()
+    return True
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    split = sys.argv.index("--")
+    install(dict(word.split("=", 1) for word in sys.argv[1:split]))
+    sys.exit(main(sys.argv[split + 1 :]))

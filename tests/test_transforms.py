@@ -1,0 +1,213 @@
+"""From an image to the bytes of a view, beside Pillow and timm."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from quadmamba.configs import load_cfg
+from quadmamba.data import DataError, build_transforms, read_image, seeded
+from quadmamba.data.datasets import Sample, collate
+from quadmamba.data.prefetch import Prefetcher
+from quadmamba.data.transforms import resize, to_bytes
+
+AUGMENTATIONS = {
+    "crop": ("AUG.SCALE", [0.5, 0.6]),
+    "flip": ("AUG.HFLIP", 0.5),
+    "jitter": ("AUG.COLOR_JITTER", 0.4),
+    "policy": ("AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"),
+    "erasing": ("AUG.REPROB", 1.0),
+}
+NO_AUGMENTATION = {
+    "AUG.SCALE": [1.0, 1.0],
+    "AUG.HFLIP": 0.0,
+    "AUG.COLOR_JITTER": 0.0,
+    "AUG.AUTO_AUGMENT": "",
+    "AUG.REPROB": 0.0,
+}
+
+
+def noise(height, width):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def photo(height, width):
+    """Noise of a photograph's kind: strong over many pixels, weak over few."""
+    small = noise(height // 12, width // 12).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.blend(small, noise(height, width), 0.1)
+
+
+def differences(got, expected):
+    return np.abs(np.asarray(got).astype(int) - np.asarray(expected).astype(int))
+
+
+def train_transform(**flags):
+    return build_transforms(load_cfg(flags=NO_AUGMENTATION | {"DATA.IMG_SIZE": 32} | flags)).train
+
+
+def finished(transform, image, mode="pixel", views=4):
+    """What training sees of an image, by the same few seeds."""
+    samples = []
+    for i in range(views):
+        with seeded(i):
+            view = transform(to_bytes(image))
+        samples.append(Sample(view.image, 0, view.hole))
+    ((images, _),) = Prefetcher(torch.device("cpu"), mode)([collate(samples)])
+    return images
+
+
+# (height, width) of the crop -> of the view: both sides shrink, both grow, one of each, one alone
+SIZES = [
+    ((90, 120), (32, 32)),
+    ((20, 25), (32, 32)),
+    ((90, 20), (32, 32)),
+    ((20, 90), (32, 32)),
+    ((90, 32), (32, 32)),
+    ((32, 90), (32, 32)),
+    ((32, 32), (32, 32)),
+    ((1, 7), (16, 48)),
+]
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_resizing_is_that_of_pillow(source, target, name):
+    frame = noise(100, 130)
+    top, left = 4, 6
+    image = to_bytes(frame)[top : top + source[0], left : left + source[1]]
+    cropped = frame.crop((left, top, left + source[1], top + source[0]))
+    expected = cropped.resize(target[::-1], Image.Resampling[name.upper()])
+    got = resize(image, target, name)
+    assert got.is_contiguous()
+    assert differences(got, expected).max() <= 1
+    assert (differences(got, expected) > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(300, 400), (400, 300), (256, 256), (50, 301)])
+def test_validation_resizes_then_crops_the_centre(size):
+    image = noise(*size)
+    got = build_transforms(load_cfg()).val(to_bytes(image))
+    resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
+    assert got.hole is None
+    assert got.image.shape == (224, 224, 3)
+    assert differences(got.image, TF.center_crop(resized, 224)).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_small_images_are_enlarged(part):
+    image = to_bytes(Image.new("RGB", (8, 8), "gray"))
+    transform = getattr(build_transforms(load_cfg(flags={"DATA.IMG_SIZE": 32})), part)
+    assert transform(image).image.shape == (32, 32, 3)
+
+
+def test_training_augments_as_timm():
+    """The same seed gives the same crop and operations; thresholds spread what a bit differs in."""
+    image, cfg = photo(375, 500), load_cfg(flags={"AUG.HFLIP": 0.0, "AUG.REPROB": 0.0})
+    ours = build_transforms(cfg).train
+    timms = create_transform(
+        224,
+        is_training=True,
+        use_prefetcher=True,
+        scale=tuple(cfg.AUG.SCALE),
+        hflip=0.0,
+        auto_augment=cfg.AUG.AUTO_AUGMENT,
+        interpolation=cfg.DATA.INTERPOLATION,
+    )
+    for op in timms.transforms[1].ops:
+        if op.name.startswith("Posterize"):
+            op.prob = 0.0  # asks for 0 bits, which Pillow refuses
+    for op in ours.colours.transforms[0].ops:
+        if op.name.startswith("Posterize"):
+            op.prob = 0.0
+    errors = []
+    for seed in range(24):
+        with seeded(seed):
+            got = ours(to_bytes(image)).image
+        with seeded(seed):
+            expected = timms(image)
+        errors.append(differences(got.permute(2, 0, 1), expected).mean())
+    assert np.median(errors) < 0.05
+    assert max(errors) < 1.0
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_each_augmentation_has_its_key(name):
+    # 64x60: an area fraction of 1 fits no other aspect ratio than the image's own
+    image = noise(64, 60)
+    key, value = AUGMENTATIONS[name]
+    fixed = finished(train_transform(), image)
+    varied = finished(train_transform(**{key: value}), image)
+    assert (fixed == fixed[0]).all(), "without augmentation every view is the same"
+    assert (varied != fixed).any(), f"{key} changes nothing"
+
+
+def test_half_of_the_views_are_flipped():
+    image = noise(32, 32)
+    fixed = finished(train_transform(), image)[0]
+    views = finished(train_transform(**{"AUG.HFLIP": 0.5}), image, views=40)
+    flipped = [torch.equal(view, fixed.flip(-1)) for view in views]
+    assert 8 <= sum(flipped) <= 32
+    assert all(turned or torch.equal(view, fixed) for turned, view in zip(flipped, views))
+
+
+@pytest.mark.parametrize(("mode", "colours"), [("const", 1), ("rand", 1), ("pixel", 9)])
+def test_random_erasing_fills(mode, colours):
+    image = Image.new("RGB", (32, 32), "white")
+    view = finished(train_transform(**{"AUG.REPROB": 1.0}), image, mode, views=1)[0]
+    erased = view[:, view[0] != view[0].max()]
+    assert erased.shape[1] > 9
+    assert (
+        (erased[0].unique().numel() >= colours)
+        if mode == "pixel"
+        else (erased.unique(dim=1).shape[1] == 1)
+    )
+    assert (erased == 0).all() == (mode == "const")
+
+
+def test_a_quarter_is_erased_and_of_every_size():
+    transform = train_transform(**{"AUG.REPROB": 0.25})
+    image, holes = to_bytes(Image.new("RGB", (32, 32))), []
+    with seeded(0):
+        for _ in range(400):
+            holes.append(transform(image).hole)
+    holes = [hole for hole in holes if hole]
+    assert 70 < len(holes) < 130
+    areas = [hole.height * hole.width / 32**2 for hole in holes]
+    assert 0.01 < min(areas) < 0.06
+    assert 0.28 < max(areas) < 0.36
+    assert all(hole.top + hole.height <= 32 and hole.left + hole.width <= 32 for hole in holes)
+    assert len({hole.seed for hole in holes}) == len(holes)
+
+
+# --------------------------------------------------------------------------------- image files
+FILES = {
+    "colour.jpg": ("RGB", {}),
+    "full.jpg": ("RGB", {"subsampling": 0}),
+    "progressive.jpg": ("RGB", {"progressive": True}),
+    "grey.jpg": ("L", {}),
+    "print.jpg": ("CMYK", {}),
+    "colour.png": ("RGB", {}),
+    "see-through.png": ("RGBA", {}),
+    "palette.png": ("P", {}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_read_as_pillow_reads_them(tmp_path, name):
+    mode, options = FILES[name]
+    photo(96, 120).convert(mode).save(tmp_path / name, **options)
+    got = read_image(tmp_path / name)
+    assert (got.dtype, got.shape, got.is_contiguous()) == (torch.uint8, (96, 120, 3), True)
+    assert np.array_equal(got, np.asarray(Image.open(tmp_path / name).convert("RGB")))
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3, 400, -2])
+def test_a_jpeg_cut_short_is_named(tmp_path, kept):
+    path = tmp_path / "a.jpg"
+    photo(96, 120).save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"a\.jpg: \w+"):
+        read_image(path)

@@ -1,0 +1,193 @@
+"""Writing checkpoints: whole files only, the older ones kept, in a thread beside the training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from quadmamba.utils.checkpoint import (
+    LAST,
+    CheckpointError,
+    better_weights,
+    older,
+    sum_comment,
+)
+
+
+class _Hashing:
+    """A file to write to that keeps the checksum of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write and count in."""
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Pass on what the file holds back."""
+        self.file.flush()
+
+
+def write_checkpoint(file: BinaryIO, payload: Mapping[str, object]) -> None:
+    """Write `payload` as torch.save does, with the checksum of the file in its ZIP comment."""
+    hashing = _Hashing(file)
+    torch.save(dict(payload), hashing)
+    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+    file.write(sum_comment(hashing.digest))
+
+
+def write_weights(file: BinaryIO, payload: Mapping[str, object]) -> None:
+    """Write the weights of `payload` that validated better as safetensors.
+
+    By name: in memory it would hold up the other threads.
+    """
+    name = better_weights(payload)
+    state = {key: value.contiguous() for key, value in payload[name].items()}
+    about = {"weights": name, "epoch": str(payload["epoch"]), "updates": str(payload["updates"])}
+    safetensors.torch.save_file(state, file.name, about)
+
+
+def save_alone(path: Path, payload: Mapping[str, object]) -> None:
+    """Write a dict of weights so that `path` is the old file or the whole new one.
+
+    Raises CheckpointError where the folder or the disk does not take it.
+    """
+    _replace(path, lambda file: write_checkpoint(file, payload), 1)
+
+
+def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
+    """Write a checkpoint and, beside it, its weights as .safetensors.
+
+    At any moment each file is the old one or the whole new one. keep: how many files of the name
+    stay, the older ones as NAME.1.pth, NAME.2.pth and so on.
+    Raises CheckpointError where the folder or the disk does not take it; the files before are then
+    kept.
+    """
+    _replace(path, lambda file: write_checkpoint(file, payload), keep)
+    _replace(path.with_suffix(".safetensors"), lambda file: write_weights(file, payload), 1)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None], keep: int) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        for number in range(keep - 1, 0, -1):
+            with contextlib.suppress(FileNotFoundError):
+                older(path, number - 1).replace(older(path, number))
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise CheckpointError(f"cannot write {path}: {error}; the file before is kept") from error
+
+
+class _Snapshot:
+    """Copies of nested tensors in host memory, which the next snapshot uses again.
+
+    Copies from a GPU run in the stream of the training: what follows there waits for them, and
+    nobody else does until `ready`.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, Tensor] = {}
+        self._event: torch.cuda.Event | None = None
+
+    def take(self, tree: object, key: tuple = ()) -> object:
+        """A copy of `tree`; plain values are taken as they are."""
+        if isinstance(tree, Mapping):
+            return {name: self.take(value, (*key, name)) for name, value in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [self.take(value, (*key, i)) for i, value in enumerate(tree)]
+        return self._copy(tree, key) if isinstance(tree, Tensor) else tree
+
+    def _copy(self, value: Tensor, key: tuple) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self._buffers[key] = buffer
+        buffer.copy_(value.detach(), non_blocking=True)
+        if value.is_cuda and self._event is None:
+            self._event = torch.cuda.Event()
+        return buffer
+
+    def mark(self) -> None:
+        """Note where in the stream the copies end."""
+        if self._event is not None:
+            self._event.record()
+
+    def ready(self) -> None:
+        """Wait for the copies."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+def _give_way() -> None:
+    """Let the training go first where there are fewer cores than threads (each has a priority)."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+class CheckpointWriter:
+    """Writes checkpoints to `folder` in a thread; one at a time, the next one waits for it.
+
+    keep: number of last checkpoints that stay. Costs host memory for one checkpoint.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+        self._snapshot = _Snapshot()
+        self._pending: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a checkpoint is being written."""
+        return self._pending is not None and not self._pending.done()
+
+    @property
+    def failed(self) -> bool:
+        """True where the last checkpoint could not be written; `wait` says why."""
+        done = self._pending is not None and self._pending.done()
+        return done and self._pending.exception() is not None
+
+    def submit(self, payload: Mapping[str, object], names: Sequence[str]) -> None:
+        """Copy `payload` and write it under each of `names` later.
+
+        Raises CheckpointError where the one before could not be written.
+        """
+        self.wait()
+        copy = self._snapshot.take(payload)
+        self._snapshot.mark()
+        self._pending = self._pool.submit(self._write, copy, tuple(names))
+
+    def _write(self, payload: Mapping[str, object], names: Sequence[str]) -> None:
+        self._snapshot.ready()
+        for name in names:
+            save(self._folder / name, payload, keep=self._keep if name == LAST else 1)
+
+    def wait(self) -> None:
+        """Wait until all is written. Raises CheckpointError where that failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
