@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -353,42 +352,3 @@ def test_flops():
     with FlopCounterMode(display=False) as counter:
         linear(x, torch.randn(3, 5, 16)).sum().backward()
     assert counter.get_total_flops() == 3 * 2 * 32 * 16 * 15
-
-
-def zeros(*shapes):
-    return [torch.zeros(shape) for shape in shapes]
-
-
-ERRORS = {  # call, arguments, message
-    "dwconv_x": (dwconv_silu, zeros((3, 4, 8), (8, 1, 3, 3)), "floating x"),
-    "dwconv_weight": (dwconv_silu, zeros((1, 3, 4, 8), (8, 3, 3)), "expected weight"),
-    "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
-    "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
-    "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
-    "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
-    "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
-    "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),
-    "mlp_bias2": (mlp, zeros((3, 4), (8, 4), 8, (4, 8), 5), "weight2 of shape"),
-    "predictor_count": (
-        predictor_score,
-        (torch.zeros(2, 8), predictor_params(8)[:-1]),
-        "10 params",
-    ),
-    "predictor_width": (predictor_score, (torch.zeros(2, 12), predictor_params(8)), "params.0."),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors_say_what_was_expected(name):
-    call, arguments, message = ERRORS[name]
-    with pytest.raises(ValueError, match=message):
-        call(*arguments)
-
-
-def test_missing_triton_is_loud(monkeypatch):
-    from quadmamba.kernels.fused.launch import triton_kernels
-
-    monkeypatch.setitem(sys.modules, "triton", None)
-    triton_kernels.cache_clear()
-    with pytest.raises(RuntimeError, match="pip install triton"):
-        triton_kernels("quadmamba.kernels.fused.layer_norm")

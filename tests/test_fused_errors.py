@@ -1,0 +1,64 @@
+"""Fused ops: wrong arguments, and a missing Triton, say what was expected."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from quadmamba.kernels.fused import (
+    add_layer_norm,
+    dwconv_silu,
+    layer_norm,
+    linear,
+    mlp,
+    predictor_score,
+)
+
+
+def predictor_params(d: int) -> list[torch.Tensor]:
+    sides = [d, d, d // 2, d // 4, 2]
+    params = [torch.rand(d) + 0.5, 0.1 * torch.randn(d)]
+    for fan_in, fan_out in zip(sides, sides[1:]):
+        params += [2 * fan_in**-0.5 * torch.randn(fan_out, fan_in), 0.1 * torch.randn(fan_out)]
+    return params
+
+
+def zeros(*shapes):
+    return [torch.zeros(shape) for shape in shapes]
+
+
+ERRORS = {  # call, arguments, message
+    "dwconv_x": (dwconv_silu, zeros((3, 4, 8), (8, 1, 3, 3)), "floating x"),
+    "dwconv_weight": (dwconv_silu, zeros((1, 3, 4, 8), (8, 3, 3)), "expected weight"),
+    "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
+    "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
+    "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
+    "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
+    "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
+    "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),
+    "mlp_bias2": (mlp, zeros((3, 4), (8, 4), 8, (4, 8), 5), "weight2 of shape"),
+    "predictor_count": (
+        predictor_score,
+        (torch.zeros(2, 8), predictor_params(8)[:-1]),
+        "10 params",
+    ),
+    "predictor_width": (predictor_score, (torch.zeros(2, 12), predictor_params(8)), "params.0."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_say_what_was_expected(name):
+    call, arguments, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        call(*arguments)
+
+
+def test_missing_triton_is_loud(monkeypatch):
+    from quadmamba.kernels.fused.launch import triton_kernels
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    triton_kernels.cache_clear()
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        triton_kernels("quadmamba.kernels.fused.layer_norm")
