@@ -24,7 +24,13 @@ from torch import Tensor
 from benchmarks.official import OfficialMixer
 from quadmamba.configs import load_cfg
 from quadmamba.kernels import selective_scan as ss
-from quadmamba.kernels.quadtree_gather import gather_in, gather_in_ref, gather_out, gather_out_ref
+from quadmamba.kernels.quadtree_gather import (
+    gather_in,
+    gather_in_ref,
+    gather_out,
+    gather_out_ref,
+    invert_maps,
+)
 from quadmamba.models import build_model
 from quadmamba.models.orders import QuadtreeOrder
 from quadmamba.models.ss2d import SS2D
@@ -140,12 +146,14 @@ def bench_gather(args: argparse.Namespace) -> Iterator[Row]:
         maps = op.order.maps(h, w, op.shift(h, w), torch.device("cuda"))
         size = (b, h * w, op.ssm.D.shape[-1])
         x = torch.randn(size, device="cuda", dtype=DTYPES[args.dtype])
+        inverse = invert_maps(maps.fine, maps.coarse)
         decision = torch.eye(4, device="cuda")[torch.randint(4, (b,))]
         leaves = [x.requires_grad_(), decision.requires_grad_()]
         once = {"forward": 2 * x.nbytes, "backward": 3 * x.nbytes, "both": 5 * x.nbytes}
         for provider in [p for p in args.providers if p in providers]:
             for kernel, gather in providers[provider].items():
-                forward = partial(gather, *leaves, maps.fine, maps.coarse, maps.quadrant)
+                more = {"inverse": inverse} if provider == "ours" else {}
+                forward = partial(gather, *leaves, maps.fine, maps.coarse, maps.quadrant, **more)
                 row = {"kernel": kernel, "provider": provider, "model": name, "stage": stage}
                 for direction, ms in time_directions(forward, leaves).items():
                     yield {**row, "direction": direction, "ms": ms, "bytes": once[direction]}

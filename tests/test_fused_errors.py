@@ -38,6 +38,17 @@ ERRORS = {  # call, arguments, message
     "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
     "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
     "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),
+    "linear_dtype": (
+        linear,
+        (torch.zeros(3, 8), torch.ones(4, 8, dtype=torch.int64)),
+        "expected floating x",
+    ),
+    "mlp_bias1": (mlp, zeros((3, 4), (8, 4), (), (4, 8), 4), "expected biases"),
+    "mlp_dtypes": (
+        mlp,
+        (torch.zeros(3, 4), torch.zeros(8, 4).half(), *zeros(8, (4, 8), 4)),
+        "parameters of one dtype",
+    ),
     "mlp_bias2": (mlp, zeros((3, 4), (8, 4), 8, (4, 8), 5), "weight2 of shape"),
     "predictor_count": (
         predictor_score,
@@ -53,6 +64,14 @@ def test_errors_say_what_was_expected(name):
     call, arguments, message = ERRORS[name]
     with pytest.raises(ValueError, match=message):
         call(*arguments)
+
+
+def test_a_second_derivative_of_the_mlp_is_refused():
+    params = [p.requires_grad_() for p in zeros((8, 4), 8, (4, 8), 4)]
+    y = mlp(torch.ones(3, 4), *params)
+    (grad,) = torch.autograd.grad(y.sum(), params[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        (y.sum() + grad.square().sum()).backward()
 
 
 def test_missing_triton_is_loud(monkeypatch):

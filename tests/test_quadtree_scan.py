@@ -72,6 +72,27 @@ def test_the_op_is_registered_as_torch_library_asks():
     torch.library.opcheck(torch.ops.quadmamba.quadtree_scan.default, inputs, test_utils=checks)
 
 
+@pytest.mark.parametrize("narrow", ["x", "proj"])
+def test_autocast_widens_mixed_dtypes_on_both_ways(narrow):
+    values, maps = make_inputs(4, 6, "cpu", torch.float32)
+    values[narrow] = values[narrow].detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(quadtree_scan, values, maps)
+    exact = {k: v.detach().double().requires_grad_() for k, v in values.items()}
+    truth = run(quadtree_scan_ref, exact, maps)
+    for name, value in truth.items():
+        error = (found[name].double() - value).abs().max() / value.abs().max().clamp(min=1)
+        assert error <= 1e-2, name
+
+
+def test_a_projection_that_does_not_fit_is_named():
+    values, maps = make_inputs(3, 4, "cpu", torch.float32)
+    x, proj, decision, *parameters = (v.detach() for v in values.values())
+    index = (maps.fine, maps.coarse, maps.quadrant)
+    with pytest.raises(ValueError, match="expected proj of shape"):
+        quadtree_scan(x, proj[..., 1:], decision, tuple(parameters), index, maps.tables)
+
+
 @pytest.mark.parametrize(("name", "size"), [("decision", (2, 7)), ("tables", (3, 12))])
 def test_wrong_shapes_are_named_and_not_read(name, size):
     values, maps = make_inputs(3, 4, "cpu", torch.float32)

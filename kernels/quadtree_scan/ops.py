@@ -16,7 +16,8 @@ from quadmamba.kernels.quadtree_gather import decision_grad
 from quadmamba.kernels.quadtree_gather.checks import check_gather
 from quadmamba.kernels.quadtree_scan.reference import quadtree_scan_ref
 
-_REVERSE_BITS = 0b10  # route 0 forwards, route 1 backwards
+_REVERSE = [False, True]  # route 0 forwards, route 1 backwards
+_REVERSE_BITS = 0b10
 
 
 def quadtree_scan(
@@ -45,7 +46,12 @@ def quadtree_scan(
     kernels = selective_scan.route_ops.KERNELS
     if tables is None or not selective_scan.library.use_kernel("route_scan", x, kernels):
         return quadtree_scan_ref(x, proj, decision, parameters, maps)
-    return _quadtree_scan(x, proj, decision, *parameters, tables, *maps)[0]
+    selective_scan.checks.check_route_scan(x, proj, *parameters, tables, tables[:1, :1], _REVERSE)
+    wide = x
+    if x.dtype != proj.dtype and torch.is_autocast_enabled(x.device.type):
+        wide = x.to(torch.promote_types(x.dtype, proj.dtype))
+        proj = proj.to(wide.dtype)
+    return _quadtree_scan(wide, proj, decision, *parameters, tables, *maps)[0].to(x.dtype)
 
 
 def _scan(

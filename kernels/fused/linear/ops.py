@@ -23,10 +23,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rounded to the weight's dtype alone. Raises ValueError for shapes or dtypes that do not fit.
     """
     fits = x.dim() > 0 and weight.dim() > 1 and x.shape[-1] == weight.shape[-1]
-    if not fits or not x.is_floating_point() or x.device != weight.device:
+    floating = x.is_floating_point() and weight.is_floating_point()
+    if not fits or not floating or x.device != weight.device:
         raise ValueError(
-            "linear: expected floating x (..., c) and weight (n, c) on one device, "
-            f"got {x.dtype} {tuple(x.shape)} on {x.device} and {tuple(weight.shape)} "
+            "linear: expected floating x (..., c) and weight (n, c) on one device, got "
+            f"{x.dtype} {tuple(x.shape)} on {x.device} and {weight.dtype} {tuple(weight.shape)} "
             f"on {weight.device}"
         )
     x = x.to(compute_dtype(x))

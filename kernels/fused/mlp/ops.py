@@ -23,6 +23,7 @@ from quadmamba.kernels.fused.launch import (
 from quadmamba.kernels.fused.mlp.reference import check_mlp, mlp_values_ref
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_ONCE = "mlp: expected a first derivative only, got a second one; use mlp_ref for that"
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -158,7 +159,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _autograd(ctx: Any, grad: Tensor | None, grad_hidden: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 9
-    return *_mlp_backward(grad, *ctx.saved_tensors, ctx.dtype), None, None, None, None
+    grads = _mlp_backward(grad, *ctx.saved_tensors, ctx.dtype)
+    if torch.is_grad_enabled():  # the copies are no part of a graph: a second derivative is refused
+        refuse = torch._C._functions.DelayedError(_ONCE, len(grads))
+        grads = refuse(*(g.detach().requires_grad_() for g in grads))
+    return *grads, None, None, None, None
 
 
 _mlp.register_autograd(_autograd, setup_context=_save)

@@ -7,10 +7,16 @@ from torch import Tensor
 
 
 def check_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
-    """Raise ValueError unless x is floating (..., c) and the layers are c -> m -> c2."""
+    """Raise ValueError unless x is floating (..., c) and the layers, of one dtype, c -> m -> c2."""
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(f"mlp: expected floating x (..., c), got {x.dtype} {tuple(x.shape)}")
-    hidden, out = bias1.shape[0], bias2.shape[0]
+    if bias1.dim() != 1 or bias2.dim() != 1:
+        got = f"{tuple(bias1.shape)} and {tuple(bias2.shape)}"
+        raise ValueError(f"mlp: expected biases of shape (m) and (c2), got {got}")
+    dtypes = {param.dtype for param in (weight1, bias1, weight2, bias2)}
+    if len(dtypes) > 1:
+        raise ValueError(f"mlp: expected parameters of one dtype, got {sorted(map(str, dtypes))}")
+    hidden, out = len(bias1), len(bias2)
     shapes = {
         "weight1": (weight1, (hidden, x.shape[-1])),
         "bias1": (bias1, (hidden,)),

@@ -89,8 +89,9 @@ void dispatch_half(ScalarType dtype, Function&& f) {
 
 bool takes_lanes(const Inputs& in, bool out_float) {
   const auto& s = in.size;
-  return in.both_ways() && in.x.scalar_type() != kFloat && !out_float && s.n == 1 && s.d % 8 == 0 &&
-         s.r <= 8 * lane::kMaxTiles;
+  const ScalarType dtype = in.x.scalar_type();
+  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return in.both_ways() && half && !out_float && s.n == 1 && s.d % 8 == 0 && s.r <= 8 * lane::kMaxTiles;
 }
 
 ForwardResult forward_lanes(const Inputs& given) {

@@ -63,6 +63,8 @@ def route_scan(
     inputs = x, proj, dt_weight, dt_bias, A, D, tables, select
     if not library.use_kernel("route_scan", x, KERNELS):
         return route_scan_ref(*inputs, flags).to(out_dtype or full)
+    if not torch.is_autocast_enabled(x.device.type):
+        _check_dtypes(x, proj)
     bits = sum(flag << i for i, flag in enumerate(flags))
     y = route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
     return y.to(out_dtype or full)  # a copy only where autocast widened x
