@@ -154,7 +154,7 @@ _C.TRAIN.AUTO_RESUME = True
 _C.TRAIN.RESUME = ""
 # Weights to start from, or to evaluate
 _C.TRAIN.PRETRAINED = ""
-# Seed of every random generator; each rank adds its number
+# Seed of every random generator; in a step it is joined by the epoch, the step and the rank
 _C.TRAIN.SEED = 0
 
 # ------------------------------------------------------------------------------------------------

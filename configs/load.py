@@ -110,6 +110,7 @@ def check_cfg(cfg: CfgNode) -> None:
     """Raise ConfigError for a value outside its range or a combination that cannot work."""
     _check_values(cfg)
     _check_model(cfg.MODEL)
+    _check_step(cfg)
     _check_recipe(cfg)
 
 
@@ -166,6 +167,19 @@ def _check_quadtree(model: CfgNode) -> None:
         )
     if not 1 <= model.SHIFT_DIRECTIONS <= 4:
         raise ConfigError(f"MODEL.SHIFT_DIRECTIONS: expected 1 to 4, got {model.SHIFT_DIRECTIONS}")
+
+
+def _check_step(cfg: CfgNode) -> None:
+    train = cfg.TRAIN
+    if train.EMA and not train.EMA_DECAY:
+        raise ConfigError(
+            "TRAIN.EMA_DECAY: expected above 0 with TRAIN.EMA, got 0 (TRAIN.EMA False keeps none)"
+        )
+    if train.COMPILE == "graph" and cfg.MODEL.USE_CHECKPOINT:
+        raise ConfigError(
+            "MODEL.USE_CHECKPOINT: expected False with TRAIN.COMPILE graph, got True; "
+            "a recorded step cannot draw its random numbers again"
+        )
 
 
 def _check_recipe(cfg: CfgNode) -> None:

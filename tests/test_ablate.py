@@ -181,6 +181,12 @@ def test_a_table_is_trained_written_and_resumed(digits, tmp_path, capsys):
     assert (folder / "raster-1" / "result.json").read_bytes() == kept
     after = json.loads((folder / "quadtree-1" / "result.json").read_text())
     assert {**after, "seconds": 0} == {**before, "seconds": 0}, "the same run once more"
+    (folder / "raster-1" / "result.json").unlink()
+    for path in (folder / "raster-1").glob("*.pth"):
+        path.write_bytes(b"damaged")
+    assert ablate.main(words) == 2
+    assert "error: " in capsys.readouterr().err
+    (folder / "raster-1" / "result.json").write_bytes(kept)
     words[words.index("--epochs") + 1] = "3"
     assert ablate.main(words) == 2
     assert "was made with other settings; choose another --output" in capsys.readouterr().err

@@ -63,3 +63,21 @@ def test_it_runs_from_the_root(folder):
     code, out, err = finish(start(["tools/check_data.py", folder]))
     assert code == 1, err
     assert "truncated: 2" in out
+
+
+def test_links_are_followed_and_classes_without_images_are_named(tmp_path):
+    root = tmp_path / "subset"
+    source = write_images(tmp_path / "whole", train=4, val=2)
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+        for label in ("class0", "class1"):
+            (root / part / label).symlink_to(source / part / label)
+    assert main([str(root), "--json", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["images"] == 12
+    (source / "train" / "class0" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "train" / "notes").mkdir()
+    (root / "train" / "notes" / "readme.txt").write_text("no image")
+    assert main([str(root), "--json", str(tmp_path / "found.json")]) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["unreadable"] == ["train/class0/gone.jpg"]
+    assert found["empty_classes"] == ["train/notes"]

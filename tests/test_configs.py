@@ -76,6 +76,11 @@ BAD = [
     (["TRAIN.SEED", "-1"], "TRAIN.SEED: expected 0 or more"),
     (["TRAIN.CLIP_GRAD", ".nan"], "TRAIN.CLIP_GRAD: expected a finite number"),
     (["TRAIN.RESUME", "a", "TRAIN.PRETRAINED", "b"], "TRAIN.RESUME and TRAIN.PRETRAINED"),
+    (["TRAIN.EMA_DECAY", "0"], "TRAIN.EMA_DECAY: expected above 0 with TRAIN.EMA"),
+    (
+        ["MODEL.USE_CHECKPOINT", "True", "TRAIN.COMPILE", "graph"],
+        "MODEL.USE_CHECKPOINT: expected False with TRAIN.COMPILE graph",
+    ),
 ]
 
 

@@ -153,6 +153,16 @@ def test_a_continued_run_ends_with_the_same_bits(
     assert same(state_of(trained), state_of(folder))
 
 
+def test_a_restart_of_a_resumed_run_goes_on_where_it_is(data, trained, tmp_path, capsys):
+    flags = ("--data-path", data, "--output", tmp_path, *FLAGS)
+    resumed = (*flags, "--resume", trained / "last.pth", "--epochs", 3)
+    assert run(*resumed) == 0
+    assert f"continuing {trained / 'last.pth'} after epoch 2 of 3" in capsys.readouterr().out
+    assert run(*resumed) == 0
+    own = tmp_path / "quadmamba_lite" / "default" / "last.pth"
+    assert f"continuing {own} after epoch 3 of 3" in capsys.readouterr().out
+
+
 def test_a_finished_run_trains_no_further(data, trained, tmp_path, capsys):
     flags = ("--data-path", data, "--output", tmp_path, *FLAGS)
     assert run(*flags, "--resume", trained / "last.pth") == 0

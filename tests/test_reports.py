@@ -5,6 +5,7 @@ import json
 import math
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from quadmamba.utils.logging import RunLog, duration
 from quadmamba.utils.metrics import Metrics, Tally, metrics_of
-from quadmamba.utils.progress import Progress
+from quadmamba.utils.progress import Agreement, Progress
 from quadmamba.utils.rng import rng_state, seed_step, set_rng_state
 
 
@@ -50,6 +51,45 @@ def test_the_best_validation_is_kept():
     assert progress.metrics["ema"]["top1"] == 40.0
     assert progress.judge({"model": result(60.0), "ema": result(40.0)})
     assert progress.best == {"top1": 60.0, "epoch": 2, "weights": "model"}
+
+
+class _Late:
+    """A world whose device answers one step later, as a GPU does."""
+
+    device = SimpleNamespace(type="cuda")
+
+    @staticmethod
+    def sum(values):
+        return values
+
+
+@pytest.fixture
+def late(monkeypatch):
+    to = torch.Tensor.to
+
+    def stay(self, device, **more):
+        return self if device is _Late.device else to(self, device, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    event = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(Agreement, "_send", staticmethod(lambda answer: (answer.clone(), event)))
+    return Agreement(_Late())
+
+
+def test_a_late_answer_asks_for_one_save_only(late):
+    saved, saves = -10, []
+    for step in range(12):
+        _, due, _ = late.ask(False, step - saved >= 5, torch.tensor(0))
+        if due:
+            saves.append(step)
+            saved = step
+            late.saved()
+    assert saves == [1, 7]
+
+
+def test_a_late_answer_is_heard_in_the_next_epoch(late):
+    assert late.ask(True, False, torch.tensor(3)) == (False, False, 0)
+    assert late.ask(False, False, torch.tensor(0)) == (True, False, 3)
 
 
 def test_a_step_is_seeded_by_its_place():

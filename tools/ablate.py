@@ -36,7 +36,7 @@ from quadmamba.models import build_model
 from quadmamba.utils import ablation, engine
 from quadmamba.utils.checkpoint import CheckpointError, plain
 from quadmamba.utils.complexity import report
-from quadmamba.utils.distributed import DeviceError, World, choose_device
+from quadmamba.utils.distributed import DeviceError, RankError, World, choose_device
 from quadmamba.utils.logging import OutputError, RunLog, make_output
 from quadmamba.utils.progress import Progress, Window
 from quadmamba.utils.resume import resume
@@ -47,6 +47,14 @@ from quadmamba.utils.writer import CheckpointWriter
 
 CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
 CLASSES = 10
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    DeviceError,
+    OutputError,
+    CheckpointError,
+    engine.DivergedError,
+)
 _QUAD, _RASTER = ["quadtree"] * 2 + ["raster"] * 2, ["raster"] * 4
 _RELEASE, _STAGE_1 = ["release"] * 2 + ["raster"] * 2, ["window"] + ["raster"] * 3
 
@@ -204,14 +212,17 @@ def run(job: Job) -> ablation.Result:
     model = placed(build_model(cfg, CLASSES), world)
     size = report(model, cfg.DATA.IMG_SIZE)
     fresh = centre_rates(model, centred(loaders.val))
-    updates = len(loaders.train)
+    updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
     stepper = build_stepper(cfg, world, model, mixed=False, updates=updates)
     log = RunLog(job.folder, quiet=True)
     progress, writer = Progress(), CheckpointWriter(job.folder, keep=1)
     parts = (stepper, loaders, log, progress, Window(world), StopRequest())
     training = engine.Run(*parts, writer=writer)
-    resume(cfg, training, job.folder, updates)
-    engine.train(cfg, training)
+    try:
+        resume(cfg, training, job.folder, updates)
+        engine.train(cfg, training)
+    except RankError as failed:  # of one rank the cause is always here
+        raise failed.__cause__ or failed from None
     log.close()
     result = ablation.Result(
         job.row,
@@ -322,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             job.load()
         results = run_all(jobs, args.jobs)
         paths = write_report(args.output / args.table, args.table, results)
-    except (ConfigError, DataError, DeviceError, OutputError, CheckpointError) as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in paths:

@@ -54,7 +54,7 @@ class Findings:
 
 def check_file(path: str) -> tuple[str, str]:
     """The kind of a file, "" for a sound RGB image, and its mode or what is wrong with it."""
-    if not os.path.getsize(path):
+    if os.path.isfile(path) and not os.path.getsize(path):
         return "empty", "0 bytes"
     try:
         read_image(path)
@@ -68,15 +68,15 @@ def check_file(path: str) -> tuple[str, str]:
 
 def scan(root: Path, workers: int, log: RunLog) -> Findings:
     """Check every image below `root` in `workers` processes."""
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    folders = [(Path(at), names) for at, _, names in os.walk(root, followlinks=True)]
+    files = sorted(folder / name for folder, names in folders for name in names)
     images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
     found = Findings(images=len(images), other_files=len(files) - len(images))
-    folders = Counter(str(path.parent.relative_to(root)) for path in images)
-    found.classes = dict(sorted(folders.items()))
+    counts = Counter(str(path.parent.relative_to(root)) for path in images)
+    found.classes = dict(sorted(counts.items()))
+    filled = {parent for path in images for parent in path.parents}
     found.empty_classes = sorted(
-        str(folder.relative_to(root))
-        for folder in root.rglob("*")
-        if folder.is_dir() and not any(folder.iterdir())
+        str(folder.relative_to(root)) for folder, _ in folders if folder not in filled | {root}
     )
     with ProcessPoolExecutor(workers) as pool:
         results = pool.map(check_file, map(str, images), chunksize=_CHUNK)

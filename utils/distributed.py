@@ -143,7 +143,8 @@ def choose_device(kind: str, world: World) -> torch.device:
     if count and world.local_size > count:
         raise DeviceError(
             f"expected at most {count} processes on this node, one per GPU, "
-            f"got {world.local_size}; lower --nproc_per_node or use DEVICE cpu"
+            f"got {world.local_size}; lower --nproc_per_node or use DEVICE cpu; under Slurm ask "
+            "with --gpus-per-node, so that a task sees all GPUs of its node"
         )
     return torch.device("cuda", world.local_rank) if count else torch.device("cpu")
 
@@ -210,8 +211,8 @@ def _enter(world: World, timeout: float) -> dist.Store:
     """Start the process group; returns the store that the ranks share."""
     if "MASTER_ADDR" not in os.environ:  # a Slurm step: its first host
         os.environ["MASTER_ADDR"] = first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        job, step = (int(os.environ.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + (job + 97 * step) % 10000))
     store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
     store = fresh_part(store, rank, size, timeout=timeout)
     on_gpu = world.device.type == "cuda"

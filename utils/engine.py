@@ -73,6 +73,10 @@ class Run:
     draw: Callable[[nn.Module], Tensor] | None = None
     recent: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
+    agreement: Agreement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.agreement = Agreement(self.world)
 
     @property
     def world(self) -> World:
@@ -143,7 +147,6 @@ def train_epoch(cfg: CfgNode, run: Run) -> bool:
     False where a signal asked for an end; the step under way is finished.
     """
     stepper, progress, accum = run.stepper, run.progress, cfg.TRAIN.ACCUM_STEPS
-    agreement = Agreement(run.world)
     stepper.net.train()
     batches, total = _batches(cfg, run)
     start = progress.step
@@ -159,18 +162,19 @@ def train_epoch(cfg: CfgNode, run: Run) -> bool:
         progress.step += 1
         progress.images += cfg.DATA.BATCH_SIZE * run.world.size
         run.log.progress(f"epoch {progress.epoch + 1}", progress.step, total)
-        if last and _update(cfg, run, agreement, total):
+        if last and _update(cfg, run, total):
             return False
     return True
 
 
-def _update(cfg: CfgNode, run: Run, agreement: Agreement, total: int) -> bool:
+def _update(cfg: CfgNode, run: Run, total: int) -> bool:
     """Take the optimizer step, and log, save and stop where that is due; True to stop."""
     stepper, limit = run.stepper, cfg.TRAIN.MAX_BAD_STEPS
     run.window.norm = stepper.update()
     if stepper.updates % cfg.LOG_EVERY == 0:
         _report_steps(cfg, run, total)  # waits for the device
-    stop, due, bad = agreement.ask(bool(run.stop.received), _is_due(cfg, run), stepper.bad_in_row)
+    wishes = bool(run.stop.received), _is_due(cfg, run)
+    stop, due, bad = run.agreement.ask(*wishes, stepper.bad_in_row)
     if bad >= limit - 1 and int(stepper.bad_in_row) >= limit:  # waits for the device
         _name_the_fault(cfg, run)
     if due and not stop:
@@ -287,7 +291,9 @@ def save(cfg: CfgNode, run: Run, names: Sequence[str]) -> None:
     with run.world.together(CheckpointError):
         if run.writer is not None:
             run.writer.submit(checkpoint_of(cfg, run, ranks), names)
-    run.saved = time.monotonic()
+    if LAST in names:
+        run.saved = time.monotonic()
+        run.agreement.saved()
 
 
 def wait_for_writer(run: Run) -> None:

@@ -104,7 +104,8 @@ def _record(
         _clear(params)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # other threads may pin memory or wait for an event meanwhile: loader and checkpoint writer
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = call(*own)
     recording = _Recording(graph, own, output, [param.grad for param in params])
     for param, grad in zip(params, grads):

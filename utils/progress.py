@@ -94,6 +94,11 @@ class Agreement:
     def __init__(self, world: World) -> None:
         self._world = world
         self._waiting: tuple[Tensor, torch.cuda.Event] | None = None
+        self._done = False  # the answer that is under way asks for a save that is done
+
+    def saved(self) -> None:
+        """Note on all ranks that they saved: a wish that is under way is from before."""
+        self._done = True
 
     def ask(self, stop: bool, save: bool, bad_in_row: Tensor) -> tuple[bool, bool, int]:
         """Whether any rank wants to stop, and to save; and `bad_in_row`, alike on all ranks."""
@@ -106,8 +111,11 @@ class Agreement:
                 return False, False, 0
             before[1].synchronize()
             answer = before[0]
+        else:
+            self._done = False
         stops, saves, bad = answer.tolist()
-        return stops > 0, saves > 0, bad
+        done, self._done = self._done, False
+        return stops > 0, saves > 0 and not done, bad
 
     @staticmethod
     def _send(answer: Tensor) -> tuple[Tensor, torch.cuda.Event]:

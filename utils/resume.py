@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,10 +23,12 @@ def resume(cfg: CfgNode, run: Run, folder: Path, updates: int) -> None:
     updates: optimizer steps of an epoch now; with another batch size than before the schedule goes
     on at the same point of the epoch. Does nothing where there is no checkpoint.
     """
-    path = cfg.TRAIN.RESUME or (_newest(run, folder) if cfg.TRAIN.AUTO_RESUME else "")
+    path = cfg.TRAIN.RESUME
+    if not path or _began_before(cfg, run, folder):
+        path = _newest(run, folder) if path or cfg.TRAIN.AUTO_RESUME else ""
     if not path:
         return
-    where = path if cfg.TRAIN.RESUME else f"{path} (another --tag starts anew)"
+    where = path if path == cfg.TRAIN.RESUME else f"{path} (another --tag starts anew)"
     with run.world.together(CheckpointError):
         payload = read_run(path)
         run.stepper.load_state(payload, where)
@@ -45,6 +48,17 @@ def resume(cfg: CfgNode, run: Run, folder: Path, updates: int) -> None:
             f"the weights of TRAIN.PRETRAINED are replaced by those of {path}; "
             "to start anew choose another --tag"
         )
+
+
+def _began_before(cfg: CfgNode, run: Run, folder: Path) -> bool:
+    """Whether the run in `folder` began with TRAIN.RESUME: then this is a restart of it."""
+    began = False
+    if run.world.is_main:
+        with contextlib.suppress(CheckpointError):
+            found = newest_run(folder)
+            config = read_run(found[0])["config"] if found else {"TRAIN": {}}
+            began = config["TRAIN"].get("RESUME") == cfg.TRAIN.RESUME
+    return run.world.gather(began)[0]
 
 
 def _newest(run: Run, folder: Path) -> str:
