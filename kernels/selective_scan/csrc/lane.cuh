@@ -7,7 +7,8 @@
 //
 // Routes come in pairs, one forwards and one backwards over the same row of tables. Both are walked at the same time
 // from the two ends; each adds its output to the token's row where the other has been before, so the sum over the pair
-// needs no second tensor. A barrier in the middle keeps the two apart.
+// needs no second tensor. A barrier in the middle keeps the two apart. Where a GPU would have few warps, two take the
+// chunks of a strip in turns: each says what its chunk makes of the state, and the recurrence follows.
 //
 // Units as in route_tile.cuh: z and L = log2(1 + 2^z) in log2, exp(delta A) = 2^(A L), ln2 folded into B.
 #pragma once
