@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from test_fused import predictor_params
 
 from quadmamba.kernels.fused import (
     add_layer_norm,
@@ -15,14 +16,6 @@ from quadmamba.kernels.fused import (
     mlp,
     predictor_score,
 )
-
-
-def predictor_params(d: int) -> list[torch.Tensor]:
-    sides = [d, d, d // 2, d // 4, 2]
-    params = [torch.rand(d) + 0.5, 0.1 * torch.randn(d)]
-    for fan_in, fan_out in zip(sides, sides[1:]):
-        params += [2 * fan_in**-0.5 * torch.randn(fan_out, fan_in), 0.1 * torch.randn(fan_out)]
-    return params
 
 
 def zeros(*shapes):
