@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,8 @@ class ImageLoader(DataLoader):
     def __init__(self, dataset: FolderImages, *, prefetcher: Prefetcher, **options: object) -> None:
         super().__init__(dataset, **options)
         self.prefetcher = prefetcher
+        # Workers leave signals to their parent, so nobody else could end them when it leaves
+        atexit.register(_end_workers, weakref.ref(self))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         return self.prefetcher(self.host_batches())
@@ -125,6 +129,13 @@ def build_loaders(
     sampler = TrainSampler(len(train_set), rank=rank, world_size=world_size, seed=cfg.TRAIN.SEED)
     train = _build_loader(cfg, train_set, sampler, prefetcher)
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
+
+
+def _end_workers(loader: weakref.ref[ImageLoader]) -> None:
+    found = loader()
+    batches = found._iterator if found is not None else None
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import finish, start, write_images
 
 from quadmamba.configs import load_cfg
 from quadmamba.data import DataError, build_loaders, seeded, skipped_images
@@ -292,3 +293,22 @@ def test_the_batch_limit_counts_ranks(root):
 def test_an_empty_path_is_explained():
     with pytest.raises(DataError, match="--data-path"):
         build_loaders(make_cfg(""))
+
+
+LEAVE = """
+import sys
+from quadmamba.configs import load_cfg
+from quadmamba.data import build_loaders
+
+keys = {"DATA.PATH": sys.argv[1], "DATA.WORKERS": 2, "DATA.BATCH_SIZE": 2, "DATA.IMG_SIZE": 32}
+kept = build_loaders(load_cfg(flags=keys))
+next(iter(kept.train))
+batches = iter(kept.val)
+next(batches)
+print("leaving")
+"""
+
+
+def test_a_process_that_keeps_its_loaders_can_leave(tmp_path):
+    code, out, err = finish(start(["-c", LEAVE, write_images(tmp_path)]), timeout=40)
+    assert (code, out) == (0, "leaving\n"), err
