@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import signal
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,8 @@ class ImageLoader(DataLoader):
     def __init__(self, dataset: FolderImages, *, prefetcher: Prefetcher, **options: object) -> None:
         super().__init__(dataset, **options)
         self.prefetcher = prefetcher
-        # Workers leave signals to their parent, so nobody else could end them when it leaves
-        atexit.register(_end_workers, weakref.ref(self))
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         return self.prefetcher(self.host_batches())
@@ -131,11 +131,12 @@ def build_loaders(
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
 
 
-def _end_workers(loader: weakref.ref[ImageLoader]) -> None:
-    found = loader()
-    batches = found._iterator if found is not None else None
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
+def _end_workers() -> None:
+    """When this process leaves: multiprocessing would wait for workers that ignore SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a worker for a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def leave_signals_to_parent(worker: int) -> None:
