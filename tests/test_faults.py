@@ -147,15 +147,15 @@ def freeze(folder):
 
 def test_an_output_folder_that_turns_read_only(data, tmp_path):
     process = start(words_of(data, tmp_path, "delay=0.2", TRAIN__SAVE_MINUTES=1e-6))
-    last = folder_of(tmp_path) / "last.pth"
-    wait_for(last.exists)
+    second = folder_of(tmp_path) / "last.1.pth"
+    wait_for(second.exists)  # all files that a run opens are open
     undo = freeze(folder_of(tmp_path))
     try:
         code, _, err = finish(process)
     finally:
         process.kill()
         undo()
-    assert code == 2
+    assert code == 2, err
     assert "error: cannot write" in err
     assert "ot permitted" in err or "denied" in err
     assert state_of(tmp_path)["updates"] > 0
