@@ -19,7 +19,7 @@ from quadmamba.utils.checkpoint import (
     read,
     read_run,
 )
-from quadmamba.utils.writer import CheckpointWriter, save
+from quadmamba.utils.writer import CheckpointWriter, partial_of, save
 
 
 class Net(nn.Module):
@@ -115,7 +115,7 @@ def test_a_snapshot_is_not_changed_by_what_follows(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_thread_comes_with_the_next_checkpoint(tmp_path):
-    (tmp_path / "last.pth.tmp").symlink_to("/dev/full")
+    fill_up(tmp_path / "last.pth")
     writing = CheckpointWriter(tmp_path, keep=1)
     writing.submit(run_of(1), ["last.pth"])
     while writing.busy:
@@ -123,6 +123,37 @@ def test_an_error_of_the_thread_comes_with_the_next_checkpoint(tmp_path):
     assert writing.failed
     with pytest.raises(CheckpointError, match="No space left"):
         writing.submit(run_of(2), ["last.pth"])
+
+
+def fill_up(path):
+    """Let the disk be full where `path` is written next."""
+    partial_of(path).parent.mkdir()
+    partial_of(path).symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("name", ["last.pth", "last.safetensors"])
+def test_whatever_library_finds_that_it_cannot_write_the_error_is_ours(tmp_path, name):
+    save(tmp_path / "last.pth", run_of(1))
+    before = (tmp_path / name).read_bytes()
+    partial_of(tmp_path / name).mkdir(parents=True)
+    (partial_of(tmp_path / name) / "file").touch()
+    with pytest.raises(CheckpointError, match=f"cannot write .*{name}.*the file before is kept"):
+        save(tmp_path / "last.pth", run_of(2))
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_save_clears_what_a_killed_one_left(tmp_path):
+    for name in ("last.pth", "last.safetensors"):
+        partial_of(tmp_path / name).parent.mkdir()
+        (partial_of(tmp_path / name).parent / ".tmpAbCdEf").touch()
+    save(tmp_path / "last.pth", run_of(1))
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "last.safetensors"}
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_checkpoint(tmp_path):
+    save(tmp_path / "last.pth", run_of(1))
+    modes = {(tmp_path / f"last.{end}").stat().st_mode for end in ("pth", "safetensors")}
+    assert len(modes) == 1
 
 
 def test_weights_lie_beside_as_safetensors(tmp_path):

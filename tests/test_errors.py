@@ -10,6 +10,7 @@ from runs import ROOT, TINY, arguments, run, two_ranks, write_images
 from quadmamba.configs import load_cfg
 from quadmamba.main import main
 from quadmamba.models import build_model
+from quadmamba.utils.writer import partial_of
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_output_folder_that_cannot_be_written(tmp_path, capsys, data):
 
 def test_checkpoint_that_cannot_be_written(tmp_path, capsys, data):
     flags = ("--data-path", data, "--batch-size", 2, "--output", tmp_path, "--epochs", 1)
-    (tmp_path / "quadmamba_lite" / "default" / "last.pth.tmp").mkdir(parents=True)
+    partial_of(tmp_path / "quadmamba_lite" / "default" / "last.pth").mkdir(parents=True)
     err = message_of(capsys, run(*flags))
     assert "cannot write" in err
     assert "last.pth" in err

@@ -10,6 +10,8 @@ import time
 import pytest
 from runs import arguments, compare, finish, run, start, start_ranks, state_of, write_images
 
+from quadmamba.utils.writer import partial_of
+
 FLAGS = ("--batch-size", 4, "--epochs", 2)
 FAULTY = "tests/faulty.py"
 
@@ -124,7 +126,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, capsys):
     assert run(*flags, "--epochs", 1) == 0
     last = folder_of(tmp_path) / "last.pth"
     before = last.read_bytes()
-    (folder_of(tmp_path) / "last.pth.tmp").symlink_to("/dev/full")
+    partial = partial_of(last)
+    partial.parent.mkdir()
+    partial.symlink_to("/dev/full")
     assert run(*flags, "--epochs", 3) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: cannot write")

@@ -63,7 +63,7 @@ def test_throughput_needs_no_data(capsys):
 def test_training_writes_checkpoints_and_logs(trained):
     assert {"last.pth", "best.pth", "log.jsonl"} <= {path.name for path in trained.iterdir()}
     assert list(trained.glob("events.out.tfevents*"))
-    assert not list(trained.glob("*.tmp"))
+    assert not list(trained.glob(".*"))
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["updates"] for line in steps] == list(range(1, 9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -41,23 +42,28 @@ class _Hashing:
         self.file.flush()
 
 
-def write_checkpoint(file: BinaryIO, payload: Mapping[str, object]) -> None:
+def write_checkpoint(path: Path, payload: Mapping[str, object]) -> None:
     """Write `payload` as torch.save does, with the checksum of the file in its ZIP comment."""
-    hashing = _Hashing(file)
-    torch.save(dict(payload), hashing)
-    file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
-    file.write(sum_comment(hashing.digest))
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        torch.save(dict(payload), hashing)
+        file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+        file.write(sum_comment(hashing.digest))
 
 
-def write_weights(file: BinaryIO, payload: Mapping[str, object]) -> None:
+def write_weights(path: Path, payload: Mapping[str, object]) -> None:
     """Write the weights of `payload` that validated better as safetensors.
 
-    By name: in memory it would hold up the other threads.
+    By name: in memory it would hold up the other threads. The library writes another file beside
+    `path`, for the owner alone, and renames it: the permissions are set as for any new file.
     """
     name = better_weights(payload)
     state = {key: value.contiguous() for key, value in payload[name].items()}
     about = {"weights": name, "epoch": str(payload["epoch"]), "updates": str(payload["updates"])}
-    safetensors.torch.save_file(state, file.name, about)
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(state, path, about)
+    path.chmod(mode)
 
 
 def save_alone(path: Path, payload: Mapping[str, object]) -> None:
@@ -65,7 +71,7 @@ def save_alone(path: Path, payload: Mapping[str, object]) -> None:
 
     Raises CheckpointError where the folder or the disk does not take it.
     """
-    _replace(path, lambda file: write_checkpoint(file, payload), 1)
+    _replace(path, lambda partial: write_checkpoint(partial, payload), 1)
 
 
 def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
@@ -76,16 +82,23 @@ def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
     Raises CheckpointError where the folder or the disk does not take it; the files before are then
     kept.
     """
-    _replace(path, lambda file: write_checkpoint(file, payload), keep)
-    _replace(path.with_suffix(".safetensors"), lambda file: write_weights(file, payload), 1)
+    _replace(path, lambda partial: write_checkpoint(partial, payload), keep)
+    _replace(path.with_suffix(".safetensors"), lambda part: write_weights(part, payload), 1)
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], None], keep: int) -> None:
-    partial = path.with_name(path.name + ".tmp")
+def partial_of(path: Path) -> Path:
+    """Where a file is written before it takes its place: in a folder of its own, as a killed
+    process leaves it (and what the libraries write beside it) for the next save to clear.
+    """
+    return path.with_name(f".{path.name}.partial") / path.name
+
+
+def _replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
+    partial = partial_of(path)
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
+        partial.parent.mkdir(exist_ok=True)
+        write(partial)
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         for number in range(keep - 1, 0, -1):
             with contextlib.suppress(FileNotFoundError):
@@ -96,10 +109,10 @@ def _replace(path: Path, write: Callable[[BinaryIO], None], keep: int) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}; the file before is kept") from error
+    finally:
+        shutil.rmtree(partial.parent, ignore_errors=True)
 
 
 class _Snapshot:
