@@ -47,7 +47,7 @@ __device__ __forceinline__ void walk_up(const Walk& w, const Step& s, M& memory,
       for (int c = 0; c < kC; ++c) {
         float u;
         length[i][c] = softplus2<false>(memory.z[half * kHalf + i][kC * w.lane + c] + r.bias[c], u);
-        decay[i][c] = fast_exp2(length[i][c] * r.A[c]);
+        decay[i][c] = ptx::exp2_approx(length[i][c] * r.A[c]);
       }
     }
 #pragma unroll
@@ -83,7 +83,7 @@ __device__ __forceinline__ void pass_on(const Params& p, const Walk& w, const St
     unpack<T>(lane_of<kC>(memory.dy[j], w.lane), dy);
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      const float decay = fast_exp2(memory.z[j][kC * w.lane + c] * r.A[c]);
+      const float decay = ptx::exp2_approx(memory.z[j][kC * w.lane + c] * r.A[c]);
       factor[c] *= decay;
       gain[c] = decay * fmaf(memory.gates[j].y, dy[c], gain[c]);
     }
@@ -117,10 +117,10 @@ __device__ __forceinline__ void walk_down(const Params& p, const Walk& w, const 
       for (int c = 0; c < kC; ++c) {
         const float length = memory.z[j][kC * w.lane + c];
         const float gradient = fmaf(gate.y, dy[c], adjoint[c]);  // of the state
-        adjoint[c] = fast_exp2(length * r.A[c]) * gradient;
+        adjoint[c] = ptx::exp2_approx(length * r.A[c]) * gradient;
         const float scaled = gradient * length, drive = x[c] * gate.x;
         const float rate = fmaf(r.A[c] * kLn2, kept[j][c], drive);
-        dz[c] = gradient * rate * (1.f - fast_exp2(-length));
+        dz[c] = gradient * rate * (1.f - ptx::exp2_approx(-length));
         if (kN > kSumTiles) dz[c] *= kLog2E;  // of dt_weight dt itself, as the product that follows takes it
         dx[c] += fmaf(r.D[c], dy[c], scaled * gate.x);
         v[2 * i] = fmaf(scaled, x[c], v[2 * i]);
@@ -185,10 +185,10 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kern
   };
   fetch_tokens(p, w, step, memory);
   if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
-  commit_async();
+  ptx::commit_async();
   wait_async<0>();
   fetch(step);
-  commit_async();
+  ptx::commit_async();
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   Route<kC> r;
   Sums<kC, kN> sums;
@@ -203,12 +203,12 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kern
     load_floats<kC>(p.states + states_of(p, w, step), has_states(p, w, step), state);
     fetch_tile<kC>(p, w, step, memory, dy, memory.dy);
     if (again(step)) fetch_tile<kC>(p, w, step, memory, dx, memory.sum);
-    commit_async();
+    ptx::commit_async();
     wait_async<1>();
     const Step after = next(p, w, step), later = next(p, w, after);
     if (after.pair < pairs) fetch(after);
     if (later.pair < pairs) fetch_tokens(p, w, later, memory);
-    commit_async();
+    ptx::commit_async();
     expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
     float kept[kRows][kC];
     walk_up<T, kC>(w, step, memory, r, state, kept);

@@ -27,7 +27,7 @@ __device__ __forceinline__ void walk_chunk(const Params& p, const Walk& w, const
     for (int c = 0; c < kC; ++c) {
       float u;
       const float length = softplus2<false>(memory.z[j][kC * w.lane + c] + r.bias[c], u);
-      decay[j][c] = fast_exp2(length * r.A[c]);
+      decay[j][c] = ptx::exp2_approx(length * r.A[c]);
       gain[j][c] = length * (x[c] * B);
       y[j][c] = r.D[c] * x[c];
     }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
   Step step{0, w.turn, 0};
   fetch_tokens(p, w, step, memory);
   if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
-  commit_async();
+  ptx::commit_async();
   wait_async<0>();
   // Whether an output lies there already: of an earlier pair, or of the other direction, which came first.
   const auto again = [&](const Step& s) { return s.pair > 0 || s.index >= first; };
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
     fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
   };
   fetch(step);
-  commit_async();
+  ptx::commit_async();
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   uint4 weights[kFragments];
   Route<kC> r;
@@ -112,12 +112,12 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
     }
     if (step.index == first + w.turn) __syncthreads();
     if (again(step)) fetch_tile<kC>(p, w, step, memory, y, memory.sum);
-    commit_async();
+    ptx::commit_async();
     wait_async<1>();
     const Step after = next(p, w, step), later = next(p, w, after);
     if (after.pair < pairs) fetch(after);
     if (later.pair < pairs) fetch_tokens(p, w, later, memory);
-    commit_async();
+    ptx::commit_async();
     expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
     walk_chunk<T, kC>(p, w, step, memory, r, again(step));
     __syncwarp();

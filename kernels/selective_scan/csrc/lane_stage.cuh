@@ -7,17 +7,12 @@ namespace scan::route::lane {
 
 // ---- rows between the device's memory and a warp's ----
 
-__device__ __forceinline__ void copy_word(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-
-// Waits for all copies but the last `kLeft` groups of them.
+// Waits for the warp's copies, of all groups but the last `kLeft`.
 template <int kLeft>
 __device__ __forceinline__ void wait_async() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  ptx::wait_async<kLeft>();
   __syncwarp();
 }
-__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // The tokens of a step, in the order of the walk; a position past the end has the table's last token.
 template <typename M>
@@ -25,7 +20,7 @@ __device__ __forceinline__ void fetch_tokens(const Params& p, const Walk& w, con
   if (w.lane < kRows) {
     const int row = p.select[static_cast<int64_t>(w.image) * p.select_row + s.pair];
     const int position = min(position_of(p, w, s, w.lane), p.l - 1);
-    copy_word(&memory.tokens[s.number % 4][w.lane], p.tables + static_cast<int64_t>(row) * p.l + position);
+    ptx::copy_async<4>(&memory.tokens[s.number % 4][w.lane], p.tables + static_cast<int64_t>(row) * p.l + position);
   }
 }
 
@@ -36,7 +31,7 @@ __device__ __forceinline__ void fetch_proj(const Params& p, const Walk& w, const
   const T* from = static_cast<const T*>(p.proj) + proj_row(p, w, s, memory.tokens[s.number % 4][row]) * p.m;
   T* to = memory.rows[s.number % 2][row];
   if (p.m % 2 == 0) {
-    for (int i = 2 * odd; i < p.m; i += 4) copy_word(to + i, from + i);
+    for (int i = 2 * odd; i < p.m; i += 4) ptx::copy_async<4>(to + i, from + i);
   } else {
     for (int i = odd; i < p.m; i += 2) to[i] = from[i];
   }
@@ -61,8 +56,7 @@ template <int kC, typename T, typename M>
 __device__ __forceinline__ void fetch_tile(const Params& p, const Walk& w, const Step& s, const M& memory,
                                            const T* image, Tile<T, kC>& to) {
   each_part<kC>(p, w, s, memory, image, p.d, [&](int row, int part, const T* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to[row][part])), "l"(from)
-                 : "memory");
+    ptx::copy_async<16>(&to[row][part], from);
   });
 }
 
@@ -109,15 +103,15 @@ __device__ __forceinline__ void expand(const Params& p, const Walk& w, const Ste
   const T(&rows)[kRows][S::kPitch] = memory.rows[s.number % 2];
   unsigned a[kK][4];
 #pragma unroll
-  for (int k = 0; k < kK; ++k) load_matrix(a[k], &rows[w.lane % 16][16 * k + w.lane / 16 * 8]);
+  for (int k = 0; k < kK; ++k) ptx::load_matrix(a[k], &rows[w.lane % 16][16 * k + w.lane / 16 * 8]);
 #pragma unroll
   for (int t = 0; t < S::kTiles; ++t) {
     float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int k = 0; k < kK; ++k) {
       const uint4 b = weight(t * kK + k);
-      mma16<T>(c, a[k], b.z, b.w);
-      mma16<T>(c, a[k], b.x, b.y);
+      ptx::mma_half<T>(c, a[k], b.z, b.w);
+      ptx::mma_half<T>(c, a[k], b.x, b.y);
     }
     *reinterpret_cast<float2*>(&memory.z[g][8 * t + 2 * q]) = make_float2(c[0], c[1]);
     *reinterpret_cast<float2*>(&memory.z[g + 8][8 * t + 2 * q]) = make_float2(c[2], c[3]);
@@ -165,7 +159,7 @@ __device__ __forceinline__ void relay(const Params& p, const Walk& w, const Step
   Turn<kC>* turns = reinterpret_cast<Turn<kC>*>(const_cast<M*>(end)) + warp - w.turn;
 #pragma unroll
   for (int c = 0; c < kC; ++c) turns[w.turn][s.number % 2][kC * w.lane + c] = make_float2(factor[c], gain[c]);
-  asm volatile("bar.sync %0, %1;" ::"r"(3 + warp / p.relay), "r"(p.relay * kWarp) : "memory");
+  ptx::barrier(3 + warp / p.relay, p.relay * kWarp);
   for (int turn = 0; turn < p.relay; ++turn) {
 #pragma unroll
     for (int c = 0; c < kC; ++c) {

@@ -36,11 +36,11 @@ __device__ __forceinline__ void contract(const Walk& w, const Step& s, M& memory
 #pragma unroll
   for (int k = 0; k < 2 * kC; ++k) {
     unsigned a[4];
-    load_matrix(a, &memory.dz(w.lane % 16)[16 * k + w.lane / 16 * 8]);
+    ptx::load_matrix(a, &memory.dz(w.lane % 16)[16 * k + w.lane / 16 * 8]);
 #pragma unroll
     for (int t = 0; t < kN; ++t) {
       const uint2 b = weights[k * kN + t];
-      mma16<T>(c[t], a, b.x, b.y);
+      ptx::mma_half<T>(c[t], a, b.x, b.y);
     }
   }
 #pragma unroll
@@ -57,19 +57,19 @@ __device__ __forceinline__ void sum_weights(const Walk& w, const Step& s, M& mem
   const int eight = w.lane / 8, row = w.lane % 8;
   unsigned b[kTiles ? kTiles : 1][2];
 #pragma unroll
-  for (int t = 0; t < kTiles; ++t) load_transposed(b[t], &memory.rows[s.number % 2][w.lane % 16][8 * t]);
+  for (int t = 0; t < kTiles; ++t) ptx::load_transposed(b[t], &memory.rows[s.number % 2][w.lane % 16][8 * t]);
 #pragma unroll
   for (int k = 0; k < (kTiles ? 2 * kC : 0); ++k) {
     unsigned a[4];
-    load_transposed(a, &memory.dz(row + eight / 2 * 8)[16 * k + eight % 2 * 8]);
+    ptx::load_transposed(a, &memory.dz(row + eight / 2 * 8)[16 * k + eight % 2 * 8]);
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) mma16<T>(sums.weight[k][t], a, b[t][0], b[t][1]);
+    for (int t = 0; t < kTiles; ++t) ptx::mma_half<T>(sums.weight[k][t], a, b[t][0], b[t][1]);
   }
 }
 
 // Waits for the warps of the same direction.
 __device__ __forceinline__ void meet(const Params& p, const Walk& w) {
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + w.direction), "r"(p.group * p.relay * kWarp) : "memory");
+  ptx::barrier(1 + w.direction, p.group * p.relay * kWarp);
 }
 
 // The rows of dproj of a chunk: the sum of the parts of the direction's warps, in their order.

@@ -37,7 +37,7 @@ __device__ __forceinline__ void walk_state(const Params& p, const float* gate_at
     const float2 v = widen(x[j]);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      decay[j][c] = fast_exp2(w.length[j][c] * (c ? A.y : A.x));
+      decay[j][c] = ptx::exp2_approx(w.length[j][c] * (c ? A.y : A.x));
       drive[j][c] = (c ? v.y : v.x) * B;
       h[c] = fmaf(decay[j][c], h[c], w.length[j][c] * drive[j][c]);
       product[c] *= decay[j][c];
@@ -79,7 +79,7 @@ __device__ __forceinline__ void walk_state(const Params& p, const float* gate_at
       const float rate = fmaf((c ? A.y : A.x) * kLn2, kept[j][c], drive[j][c]);
       if (kPair) {
         // d length / d z; the short form is good to 2e-7 beside 1, as good as the tf32 products that follow need.
-        w.dz[j][c] = gradient * rate * (kFull ? w.slope[j][c] : 1.f - fast_exp2(-w.length[j][c]));
+        w.dz[j][c] = gradient * rate * (kFull ? w.slope[j][c] : 1.f - ptx::exp2_approx(-w.length[j][c]));
         w.dx[j][c] = scaled * gate.x;
       } else {
         w.dz[j][c] = fmaf(gradient * rate, w.slope[j][c], w.dz[j][c]);
@@ -118,7 +118,7 @@ __device__ __forceinline__ void walk_chunk(const Params& p, const Block<T, kPair
       const float z = w.length[j][c];
       w.length[j][c] = softplus2<kFull>(z, u);
       if (kFull || !kPair) {
-        const float inverse = reciprocal(1.f + u);
+        const float inverse = ptx::reciprocal_approx(1.f + u);
         w.slope[j][c] = z >= 0.f ? inverse : u * inverse;
         w.dz[j][c] = w.dx[j][c] = 0.f;
       }
@@ -196,7 +196,7 @@ __device__ __forceinline__ void step_chunk(const Params& p, const Block<T, kPair
     w.dx[j][1] += r.start ? D.y * w.dy[j][1] : e.y;
   }
   store_rows<kPair>(dx, steps(), at, w.dx);
-  wait_async();
+  ptx::wait_all_async();
   if (after.image < images) block.stage.place_rows(after);
 }
 

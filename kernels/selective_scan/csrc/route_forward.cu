@@ -34,7 +34,7 @@ __device__ __forceinline__ void walk_chunk(const Params& p, const float* rows, c
       const float B = gates<kPair>(p, gate, j, i).x;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        decay[j][c] = fast_exp2(length[j][c] * (c ? A.y : A.x));
+        decay[j][c] = ptx::exp2_approx(length[j][c] * (c ? A.y : A.x));
         gain[j][c] = length[j][c] * ((c ? v.y : v.x) * B);
         state[c] = fmaf(decay[j][c], state[c], gain[j][c]);
         product[c] *= decay[j][c];
@@ -104,7 +104,7 @@ __device__ __forceinline__ void walk_step(const Params& p, const float* rows, co
   if (!kPair && !r.start) load_rows<false>(static_cast<const Y*>(data.sum), data.steps(p, step, at), at, base);
   const auto feature = [&](int j) { return widen(kPair ? x_slot[j * kWarp] : x[j]); };
   walk_chunk<T, kPair>(p, rows, r, step, at, feature, y, carry);
-  if (kPair && step.chunk == 0) wait_async();
+  if (kPair && step.chunk == 0) ptx::wait_all_async();
   if (r.start) {
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kForwardBlocks)
   Step step{image, 0, 0, 0};
   stage.start(step, next(p, step), p.k * p.chunks > 1);
   if (kPair) data.x.fetch(data.features, data.steps(p, step, at), at, 0);
-  wait_async();
+  ptx::wait_all_async();
   for (; step.route < p.k; step = next(p, step)) {
     const Step after = next(p, step), later = next(p, after);
     if (step.chunk == 0) r = make_route<kPair>(p, step, at), carry = make_float2(0.f, 0.f);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kForwardBlocks)
     if (later.route < p.k) stage.fetch_tokens(later);
     data.fetch(p, step, after, at);
     walk_step<T, Y, kPair>(p, rows + step.number % kForwardCopies * p.rows, r, step, at, data, D, carry);
-    wait_async();
+    ptx::wait_all_async();
     if (after.route < p.k) stage.place_rows(after);
   }
 }

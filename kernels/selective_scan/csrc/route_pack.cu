@@ -8,8 +8,8 @@ constexpr int kThreads = 256;
 
 // High and low tf32 halves of a weight; together they hold it to about 2^-22.
 __device__ __forceinline__ void split(float v, float& high, float& low) {
-  high = round_tf32(v);
-  low = round_tf32(v - high);
+  high = ptx::round_tf32(v);
+  low = ptx::round_tf32(v - high);
 }
 
 // One fragment per thread. A lane (g, q) of tile t holds of the strip's matrix log2(e) dt_weight (8 channels x r):

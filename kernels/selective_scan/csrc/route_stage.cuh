@@ -113,14 +113,6 @@ __device__ __forceinline__ float2 gates(const Params& p, const float* at, int j,
   return make_float2(at[16 * j * p.n + i], at[16 * j * p.n + p.n + i]);
 }
 
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes) : "memory");
-}
-
-__device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // The lane's own copy in shared memory of the rows of a (b, l, d) tensor at its positions, for two steps: it is filled a
 // step ahead, costs no registers meanwhile, and no other thread touches it. (2, warps, 8, lane) pairs.
 template <typename T>
@@ -135,12 +127,12 @@ struct Ahead {
     Two<T>* const to = slot(number);
     if (s.whole) {
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) copy_async<sizeof(Two<T>)>(to + j * kWarp, from + s.offset[j]);
+      for (int j = 0; j < kSteps; ++j) ptx::copy_async<sizeof(Two<T>)>(to + j * kWarp, from + s.offset[j]);
     } else {
 #pragma unroll
       for (int j = 0; j < kSteps; ++j) {
         if (at.first && j < s.count) {
-          copy_async<sizeof(Two<T>)>(to + j * kWarp, from + s.offset[j]);
+          ptx::copy_async<sizeof(Two<T>)>(to + j * kWarp, from + s.offset[j]);
         } else {
           to[j * kWarp] = narrow<T>(make_float2(0.f, 0.f));
         }
@@ -167,7 +159,7 @@ struct Stage {
       const int row = p.select[static_cast<int64_t>(step.image) * p.select_row + step.route % p.columns];
       const bool reversed = (p.reverse >> step.route) & 1;
       const int* from = p.tables + static_cast<int64_t>(row) * p.l + (reversed ? p.l - 1 - position : position);
-      copy_async<4>(tokens + step.number % kTokens * kChunk + i, from);
+      ptx::copy_async<4>(tokens + step.number % kTokens * kChunk + i, from);
     }
   }
 
@@ -190,7 +182,7 @@ struct Stage {
       for (int i = threadIdx.x; i < count(); i += blockDim.x) {
         int position, column;
         decode(i, position, column);
-        copy_async<sizeof(Two<T>)>(raw + i, source(step, position, column));
+        ptx::copy_async<sizeof(Two<T>)>(raw + i, source(step, position, column));
       }
     }
   }
@@ -219,10 +211,10 @@ struct Stage {
     for (int i = threadIdx.x; i < copies * p.rows; i += blockDim.x) rows[i] = 0.f;
     fetch_tokens(first);
     if (more) fetch_tokens(second);
-    wait_async();
+    ptx::wait_all_async();
     __syncthreads();
     fetch_rows(first);
-    wait_async();
+    ptx::wait_all_async();
     place_rows(first);
   }
 };

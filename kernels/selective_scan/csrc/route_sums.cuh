@@ -32,7 +32,7 @@ __device__ __forceinline__ void store_dz(float* tile, const Lane& at, const Pair
 #pragma unroll
   for (int m = 0; m < kSteps / 2; ++m) {
     float4 v = make_float4(dz[2 * m][0], dz[2 * m + 1][0], dz[2 * m][1], dz[2 * m + 1][1]);
-    if (!kFull) v = make_float4(round_tf32(v.x), round_tf32(v.y), round_tf32(v.z), round_tf32(v.w));
+    if (!kFull) v = make_float4(ptx::round_tf32(v.x), ptx::round_tf32(v.y), ptx::round_tf32(v.z), ptx::round_tf32(v.w));
     *reinterpret_cast<float4*>(tile + (m * kWarp + at.lane) * 4) = v;
   }
 }
@@ -149,7 +149,7 @@ __device__ __forceinline__ void sum_weight(const Params& p, const Tiles& tiles, 
       const float first = rows[of_dt], second = rows[of_dt + later];
       float4 b = make_float4(first, second, 0.f, 0.f);
       if (kFull) {
-        b.x = round_tf32(first), b.y = round_tf32(second);
+        b.x = ptx::round_tf32(first), b.y = ptx::round_tf32(second);
         b.z = first - b.x, b.w = second - b.y;
       }
       mma_split<kFull, false>(part, a, b);

@@ -131,26 +131,6 @@ __device__ __forceinline__ float2 load_two(const float* at) {
 
 // ---- arithmetic ----
 
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float round_tf32(float x) {
-  unsigned y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return __uint_as_float(y);
-}
-
-// c (16 x 8) += a (16 x 8) b (8 x 8) on the tensor cores, operands cut to tf32.
-__device__ __forceinline__ void mma(float (&c)[4], const float (&a)[4], float b0, float b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
-}
-
 // With kFull, a is any float32, else it has no more than tf32 holds. b = (high, high, low, low); kLow: use the low half.
 template <bool kFull, bool kLow>
 __device__ __forceinline__ void mma_split(float (&c)[4], const float (&a)[4], float4 b) {
@@ -158,15 +138,15 @@ __device__ __forceinline__ void mma_split(float (&c)[4], const float (&a)[4], fl
     float high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      high[i] = round_tf32(a[i]);
+      high[i] = ptx::round_tf32(a[i]);
       low[i] = a[i] - high[i];
     }
-    mma(c, low, b.x, b.y);
-    mma(c, high, b.z, b.w);
-    mma(c, high, b.x, b.y);
+    ptx::mma_tf32(c, low, b.x, b.y);
+    ptx::mma_tf32(c, high, b.z, b.w);
+    ptx::mma_tf32(c, high, b.x, b.y);
   } else {
-    if (kLow) mma(c, a, b.z, b.w);
-    mma(c, a, b.x, b.y);
+    if (kLow) ptx::mma_tf32(c, a, b.z, b.w);
+    ptx::mma_tf32(c, a, b.x, b.y);
   }
 }
 
@@ -174,7 +154,7 @@ __device__ __forceinline__ void mma_split(float (&c)[4], const float (&a)[4], fl
 // relative error of 2e-7 (kFull) or 1.3e-6. It spares a special-function call and stays exact where delta is small.
 template <bool kFull>
 __device__ __forceinline__ float softplus2(float z, float& u) {
-  u = fast_exp2(-fabsf(z));
+  u = ptx::exp2_approx(-fabsf(z));
   float s;
   if (kFull) {
     s = fmaf(-1.231947407e-02f, u, 6.360789395e-02f);

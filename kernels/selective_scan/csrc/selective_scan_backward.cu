@@ -50,9 +50,9 @@ struct RowChunk {
   PackedTile<Chunk, Y> dy;
 
   __device__ void load(const Row<T, Y>& row, int start, int length) {
-    u.load<true>(row.u, start, length);
-    delta.load<true>(row.delta, start, length);
-    dy.load<true>(row.dy, start, row.active ? length : 0);
+    u.template load<true>(row.u, start, length);
+    delta.template load<true>(row.delta, start, length);
+    dy.template load<true>(row.dy, start, row.active ? length : 0);
   }
 };
 
@@ -185,8 +185,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 2) void backward_kernel(const Backw
       }
       for (int s = 0; s < n; ++s) {
         PackedTile<Chunk, T> packed_B, packed_C;
-        packed_B.load<false>(B + s * p.B_n, start, p.l);
-        packed_C.load<false>(C + s * p.C_n, start, p.l);
+        packed_B.template load<false>(B + s * p.B_n, start, p.l);
+        packed_C.template load<false>(C + s * p.C_n, start, p.l);
         float* share_B = shares + buffer * 2 * kWarps * kLength;
         float* own = share_B + warp * kLength + Chunk::lane_start(lane);
         const float dA = scan_state<T, Chunk>(

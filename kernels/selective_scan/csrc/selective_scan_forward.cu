@@ -46,16 +46,16 @@ __global__ __launch_bounds__(kForwardWarps* kLanes, 6) void forward_kernel(const
   };
   const int offset = Chunk::lane_start(lane);
   PackedTile<Chunk, T> u_next, delta_next;
-  u_next.load<true>(u, first(0) + offset, p.l);
-  delta_next.load<true>(delta, first(0) + offset, p.l);
+  u_next.template load<true>(u, first(0) + offset, p.l);
+  delta_next.template load<true>(delta, first(0) + offset, p.l);
   for (int step = 0; step < p.chunks; ++step) {
     const int start = first(step) + offset;
     float x[kItems], dt[kItems], slope[kItems], out[kItems];
     unpack<Chunk>(u_next, x);
     make_delta<Chunk>(delta_next, bias, p.softplus, start, p.l, dt, slope);
     if (step + 1 < p.chunks) {
-      u_next.load<true>(u, first(step + 1) + offset, p.l);
-      delta_next.load<true>(delta, first(step + 1) + offset, p.l);
+      u_next.template load<true>(u, first(step + 1) + offset, p.l);
+      delta_next.template load<true>(delta, first(step + 1) + offset, p.l);
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -64,8 +64,8 @@ __global__ __launch_bounds__(kForwardWarps* kLanes, 6) void forward_kernel(const
     }
     for (int s = 0; s < n; ++s) {
       PackedTile<Chunk, T> packed_B, packed_C;
-      packed_B.load<false>(B + s * p.B_n, start, p.l);
-      packed_C.load<false>(C + s * p.C_n, start, p.l);
+      packed_B.template load<false>(B + s * p.B_n, start, p.l);
+      packed_C.template load<false>(C + s * p.C_n, start, p.l);
       const float rate = Math<T>::rate(p.A[int64_t{channel} * n + s]), enter = state[s];
       float a[kItems], drive[kItems], c[kItems];
       unpack<Chunk>(packed_B, drive);

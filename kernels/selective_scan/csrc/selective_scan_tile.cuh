@@ -168,14 +168,14 @@ template <typename T>
 struct Math {
   __device__ static float softplus(float z, float bias, float scale, float& slope) {
     const float z2 = fmaf(z, kLog2E, bias * kLog2E);
-    const float e = fast_exp2(-fabsf(z2)), sum = 1.0f + e;
+    const float e = ptx::exp2_approx(-fabsf(z2)), sum = 1.0f + e;
     const float series = e * fmaf(e, fmaf(e, kLog2E / 3.0f, -0.5f * kLog2E), kLog2E);
-    slope = (z2 >= 0.0f ? 1.0f : e) * fast_reciprocal(sum);
-    return scale * kLn2 * (fmaxf(z2, 0.0f) + (e < 0x1p-6f ? series : fast_log2(sum)));
+    slope = (z2 >= 0.0f ? 1.0f : e) * ptx::reciprocal_approx(sum);
+    return scale * kLn2 * (fmaxf(z2, 0.0f) + (e < 0x1p-6f ? series : ptx::log2_approx(sum)));
   }
   // A as `decay` wants it.
   __device__ static float rate(float A) { return A * kLog2E; }
-  __device__ static float decay(float delta, float rate) { return fast_exp2(delta * rate); }
+  __device__ static float decay(float delta, float rate) { return ptx::exp2_approx(delta * rate); }
 };
 
 template <>
