@@ -8,7 +8,9 @@
 // Routes come in pairs, one forwards and one backwards over the same row of tables. Both are walked at the same time
 // from the two ends; each adds its output to the token's row where the other has been before, so the sum over the pair
 // needs no second tensor. A barrier in the middle keeps the two apart. Where a GPU would have few warps, two take the
-// chunks of a strip in turns: each says what its chunk makes of the state, and the recurrence follows.
+// chunks of a strip in turns: each says what its chunk makes of the state, and the recurrence follows. Where there are
+// still few, a long table is cut into segments, each walked by blocks of its own; a pass before (lane_probe.cu) finds
+// the states that enter them.
 //
 // Units as in route_tile.cuh: z and L = log2(1 + 2^z) in log2, exp(delta A) = 2^(A L), ln2 folded into B.
 #pragma once
@@ -20,6 +22,7 @@ namespace scan::route::lane {
 constexpr int kRows = 16;       // positions of a chunk
 constexpr int kMaxGroup = 3;    // strips of a block
 constexpr int kMaxRelay = 2;    // warps that take turns at a strip's chunks
+constexpr int kMinSpan = 16;    // chunks of a segment, at least
 constexpr int kMaxTiles = 6;    // of 8 ranks
 constexpr int kSumTiles = 2;    // up to so many the gradient of dt_weight is summed here, else dz is written for it
 
@@ -73,8 +76,13 @@ struct Params {
   const void* dy;         // (b, l, d)
   void* dproj;            // (b, l, k, m), or with several slabs (slabs, b, l, k, m) in float32
   void* dz;               // (b, l, k, d), or none
-  float* dweights;        // (b relay, k, d, columns): a warp's sums: dt_weight (or none of it), dt_bias, D, A
-  int b, l, d, k, r, m, chunks, slots, strips, group, relay, slabs, columns;
+  float* dweights;        // (b segments relay, k, d, columns): a warp's sums: dt_weight (or none of it), dt_bias, D, A
+  float2* spans;          // (b, k, segments, d): what a segment makes of the state, x state + y
+  float* enter;           // (b, k, segments, d): the state that enters a segment, or its adjoint
+  int b, l, d, k, r, m, strips, group, relay, slabs, columns;
+  int chunks, segments;   // chunks of a segment, those past the end of the table included
+  int slots;              // chunks of the table
+  int pair, end_pair;     // the pairs of this launch: segments of two pairs share tokens, one has to end before the next
   int select_row;         // k / 2, or 0 where one row serves all images
 };
 
@@ -109,13 +117,13 @@ using Turn = float2[2][Shape<kC, 1>::kWidth];
 // ---- where a warp is ----
 
 struct Walk {
-  int image, direction, strip, turn, lane, channel;
+  int image, segment, direction, strip, turn, lane, channel;
   bool active;  // whether the lane's channels exist
 };
 
 // A chunk of a route; `index` counts the chunks in the order of the walk, forwards also in the backward pass.
 struct Step {
-  int pair, index, number;
+  int pair, index, number;  // the pair of routes; the chunk; the how manieth step
 };
 
 // Warps: directions, then strips, then turns.
@@ -124,7 +132,8 @@ __device__ __forceinline__ Walk make_walk(const Params& p, int width) {
   const int warp = threadIdx.x / kWarp;
   w.lane = threadIdx.x % kWarp;
   w.turn = warp % p.relay;
-  w.image = blockIdx.x / p.slabs;
+  w.image = blockIdx.x / (p.slabs * p.segments);
+  w.segment = blockIdx.x / p.slabs % p.segments;
   w.direction = warp / (p.group * p.relay);
   w.strip = blockIdx.x % p.slabs * p.group + warp / p.relay % p.group;
   w.channel = w.strip * width + w.lane * (width / kWarp);
@@ -137,7 +146,7 @@ __device__ __forceinline__ int route_of(const Params& p, const Walk& w, const St
 }
 // The chunk of the table, counted forwards for both directions.
 __device__ __forceinline__ int chunk_of(const Params& p, const Walk& w, const Step& s) {
-  return w.direction ? p.chunks - 1 - s.index : s.index;
+  return w.segment * p.chunks + (w.direction ? p.chunks - 1 - s.index : s.index);
 }
 // Position j of a walk's chunk, in the table.
 __device__ __forceinline__ int position_of(const Params& p, const Walk& w, const Step& s, int j) {
@@ -147,7 +156,7 @@ __device__ __forceinline__ int position_of(const Params& p, const Walk& w, const
 __device__ __forceinline__ bool is_whole(const Params& p, const Walk& w, const Step& s) {
   return (chunk_of(p, w, s) + 1) * kRows <= p.l;
 }
-// Chunks of the table that the forward direction takes before the barrier in the middle.
+// Chunks of the segment that the forward direction takes before the barrier in the middle.
 __device__ __forceinline__ int middle(const Params& p) { return p.chunks / (2 * p.relay) * p.relay; }
 
 // Where the numbers of a channel and a route lie in A, D and the sums.
@@ -162,11 +171,16 @@ __device__ __forceinline__ int64_t states_of(const Params& p, const Walk& w, con
   const int64_t row = static_cast<int64_t>(w.image) * p.k + route_of(p, w, s);
   return (row * p.slots + chunk_of(p, w, s)) * p.d + w.channel;
 }
+// Where the lane's numbers are in `spans` and `enter`.
+__device__ __forceinline__ int64_t span_of(const Params& p, const Walk& w, const Step& s) {
+  const int64_t row = static_cast<int64_t>(w.image) * p.k + route_of(p, w, s);
+  return (row * p.segments + w.segment) * p.d + w.channel;
+}
 __device__ __forceinline__ int64_t proj_row(const Params& p, const Walk& w, const Step& s, int token) {
   return (static_cast<int64_t>(w.image) * p.l + token) * p.k + route_of(p, w, s);
 }
 
-// ---- launches (lane_forward.cu, lane_backward.cu, lane_pack.cu) ----
+// ---- launches (lane_forward.cu, lane_backward.cu, lane_pack.cu, lane_probe.cu) ----
 
 // Shared memory of a warp, at most.
 int64_t forward_bytes(int channels, int ranks);
@@ -176,6 +190,9 @@ template <typename T>
 void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream);
 template <typename T>
 void launch_backward(const Params& p, int channels, int ranks, cudaStream_t stream);
+// Fills p.enter, for the forward pass or the backward pass.
+template <typename T>
+void launch_probe(const Params& p, int channels, int ranks, bool backward, cudaStream_t stream);
 template <typename T>
 void launch_pack(const float* weight, const float* bias, const Params& p, int channels, int ranks,
                  cudaStream_t stream);

@@ -8,14 +8,6 @@ namespace {
 // How many chunks of the route come before, as the backward pass goes: from the last to the first.
 __device__ __forceinline__ int done(const Params& p, const Step& s) { return p.chunks - 1 - s.index; }
 
-// The warp's next chunk: its route's, then the next pair's.
-__device__ __forceinline__ Step next(const Params& p, const Walk& w, Step s) {
-  ++s.number;
-  s.index -= p.relay;
-  if (s.index < 0) s.index = p.chunks - 1 - w.turn, ++s.pair;
-  return s;
-}
-
 constexpr int kHalf = kRows / 2;  // positions that are in registers at a time
 
 // Lanes 2i and 2i + 1 get the sum over the lanes of their v[i]: each round halves the numbers and the lanes that share
@@ -149,17 +141,6 @@ __device__ __forceinline__ void walk_down(const Params& p, const Walk& w, const 
   }
 }
 
-// Past the end of the table nothing comes back.
-template <typename M>
-__device__ __forceinline__ void clear_tail(const Params& p, const Walk& w, const Step& s, M& memory) {
-  if (is_whole(p, w, s)) return;
-  for (int j = 0; j < kRows; ++j) {
-    if (position_of(p, w, s, j) < p.l) continue;
-    for (auto& number : memory.dy[j]) number = 0.f;
-  }
-  __syncwarp();
-}
-
 template <typename T, int kC, int kN>
 __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kernel(const __grid_constant__ Params p) {
   using M = BackwardMemory<T, kC, kN>;
@@ -174,25 +155,17 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kern
   T* dx = static_cast<T*>(p.y) + offset;
   T* dz = static_cast<T*>(p.dz) + static_cast<int64_t>(w.image) * p.l * p.k * p.d + w.strip * 32 * kC;
   const int first = w.direction ? middle(p) : p.chunks - middle(p);  // chunks before the barrier
-  const int pairs = p.k / 2;
-  clear(memory);
-  Step step{0, p.chunks - 1 - w.turn, 0};
   // Whether a gradient lies there already: of an earlier pair, or of the other direction, which came first.
   const auto again = [&](const Step& s) { return s.pair > 0 || done(p, s) >= first; };
   const auto fetch = [&](const Step& s) {
     fetch_proj<T>(p, w, s, memory);
     fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
   };
-  fetch_tokens(p, w, step, memory);
-  if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
-  ptx::commit_async();
-  wait_async<0>();
-  fetch(step);
-  ptx::commit_async();
+  start_walk<true>(p, w, memory, fetch);
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   Route<kC> r;
   Sums<kC, kN> sums;
-  for (; step.pair < pairs; step = next(p, w, step)) {
+  for (Step step = first_step<true>(p, w); step.pair < p.end_pair; step = next_step<true>(p, w, step)) {
     if (done(p, step) == w.turn) r = make_route<kC>(p, w, step), sums = {};
     if (done(p, step) == first + w.turn) __syncthreads();
     // Used when the copies have come; asked for now, so that they come meanwhile.
@@ -205,15 +178,12 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) backward_kern
     if (again(step)) fetch_tile<kC>(p, w, step, memory, dx, memory.sum);
     ptx::commit_async();
     wait_async<1>();
-    const Step after = next(p, w, step), later = next(p, w, after);
-    if (after.pair < pairs) fetch(after);
-    if (later.pair < pairs) fetch_tokens(p, w, later, memory);
-    ptx::commit_async();
+    fetch_ahead<true>(p, w, step, memory, fetch);
     expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
     float kept[kRows][kC];
     walk_up<T, kC>(w, step, memory, r, state, kept);
     wait_async<1>();
-    clear_tail(p, w, step, memory);
+    clear_tail<kC>(p, w, step, memory.dy);
     if (!again(step)) {
 #pragma unroll
       for (int j = 0; j < kRows; ++j) lane_of<kC>(memory.sum[j], w.lane) = Raw<T, kC>{};
@@ -261,11 +231,7 @@ template <typename T>
 void launch_backward(const Params& p, int channels, int ranks, cudaStream_t stream) {
   with_shape(channels, ranks, [&](auto c, auto n) {
     constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
-    const int warps = 2 * p.group * p.relay, bytes = shared_bytes<kC, BackwardMemory<T, kC, kN>>(p);
-    auto* kernel = &backward_kernel<T, kC, kN>;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
-    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), warps * kWarp, bytes, stream>>>(p);
-    check_launch(kOp);
+    launch_pairs<kC, BackwardMemory<T, kC, kN>>(&backward_kernel<T, kC, kN>, p, stream);
   });
 }
 

@@ -37,8 +37,15 @@ void set_warps(lane::Params& p, const Inputs& in, int most, int64_t bytes) {
   p.group = std::min(p.strips, most);
   while (p.group > 1 && (p.strips % p.group || 2 * p.group * p.relay * bytes > limit)) --p.group;
   p.slabs = p.strips / p.group;
+}
+
+// Cuts a long table where there are fewer than eight warps for a multiprocessor.
+void set_segments(lane::Params& p, const Inputs& in) {
   p.slots = ceil_div(p.l, lane::kRows);
-  p.chunks = ceil_div(p.slots, p.relay) * p.relay;
+  const int64_t warps = int64_t{2} * p.b * p.strips * p.relay, wanted = ceil_div(8 * sm_count(in.x, kOp), warps);
+  const int64_t cuts = std::clamp<int64_t>(wanted, 1, std::max(1, p.slots / lane::kMinSpan));
+  p.chunks = ceil_div(ceil_div(p.slots, cuts), p.relay) * p.relay;
+  p.segments = ceil_div(p.slots, p.chunks);
 }
 
 // `scratch` keeps the packed weights alive.
@@ -51,8 +58,10 @@ lane::Params make_params(const Inputs& in, const Split& split, int most, int64_t
   p.b = s.b, p.l = s.l, p.d = s.d, p.k = s.k, p.r = s.r, p.m = s.m;
   p.strips = ceil_div(s.d, width);
   set_warps(p, in, most, bytes);
-  SCAN_CHECK(s.b * p.slabs <= INT32_MAX, kOp, "expected fewer than 2^31 blocks, got ", s.b * p.slabs,
-             "; split the batch");
+  set_segments(p, in);
+  p.end_pair = p.k / 2;
+  const int64_t blocks = s.b * p.segments * p.slabs;
+  SCAN_CHECK(blocks <= INT32_MAX, kOp, "expected fewer than 2^31 blocks, got ", blocks, "; split the batch");
   p.select_row = in.select.size(0) == 1 ? 0 : p.k / 2;
   p.x = data<void>(in.x), p.proj = data<void>(in.proj);
   p.A = data<float>(in.A), p.D = data<float>(in.D);
@@ -65,6 +74,19 @@ lane::Params make_params(const Inputs& in, const Split& split, int most, int64_t
   p.contract = reinterpret_cast<const uint2*>(p.expand + expands);
   p.bias = reinterpret_cast<const float*>(p.contract + contracts);
   return p;
+}
+
+// Tensors that a pass over the segments needs beside `scratch`.
+struct Segments {
+  Tensor spans, enter;
+};
+
+Segments make_segments(lane::Params& p, const Tensor& like) {
+  if (p.segments == 1) return {};
+  const Segments s{empty_like_on(like, {p.b, p.k, p.segments, p.d, 2}, kFloat),
+                   empty_like_on(like, {p.b, p.k, p.segments, p.d}, kFloat)};
+  p.spans = data<float2>(s.spans), p.enter = data<float>(s.enter);
+  return s;
 }
 
 // Gradient of dt_weight (k, d, r) from that of z: for each route the product of dz (b l, d) and dt (b l, r).
@@ -106,10 +128,12 @@ ForwardResult forward_lanes(const Inputs& given) {
   lane::Params p = make_params(in, split, lane::kMaxGroup, lane::forward_bytes(split.channels, split.ranks), scratch);
   p.y = data<void>(y);
   p.states = data<float>(states);
+  const Segments segments = make_segments(p, in.x);
   dispatch_half(in.x.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto stream = current_stream(in.x);
     lane::launch_pack<T>(data<float>(in.weight), data<float>(in.bias), p, split.channels, split.ranks, stream);
+    if (p.segments > 1) lane::launch_probe<T>(p, split.channels, split.ranks, false, stream);
     lane::launch_forward<T>(p, split.channels, split.ranks, stream);
   });
   return {y, states};
@@ -136,7 +160,9 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
   const bool writes_dz = split.ranks > lane::kSumTiles;
   const int64_t ranks = writes_dz ? 0 : s.r;
   p.columns = static_cast<int>(ranks + 3);
-  const Tensor dweights = empty_like_on(in.x, {int64_t{p.b} * p.relay, s.k, s.d, p.columns}, kFloat);
+  const int64_t groups = int64_t{p.b} * p.segments * p.relay;
+  const Tensor dweights = empty_like_on(in.x, {groups, s.k, s.d, p.columns}, kFloat);
+  const Segments segments = make_segments(p, in.x);
   p.y = data<void>(dx);
   p.dy = data<void>(gradient);
   p.states = data<float>(borders);
@@ -159,8 +185,9 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
     using T = typename decltype(tag)::type;
     const auto stream = current_stream(in.x);
     lane::launch_pack<T>(data<float>(in.weight), data<float>(in.bias), p, split.channels, split.ranks, stream);
+    if (p.segments > 1) lane::launch_probe<T>(p, split.channels, split.ranks, true, stream);
     lane::launch_backward<T>(p, split.channels, split.ranks, stream);
-    launch_sums<T>(sizes, to, p.b * p.relay, stream);
+    launch_sums<T>(sizes, to, groups, stream);
   });
   if (writes_dz) dweight = weight_gradient(dz, in.proj, s);
   return {dx, dproj, dweight, dbias, dA, dD};

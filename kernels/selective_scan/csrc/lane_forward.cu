@@ -4,14 +4,6 @@
 namespace scan::route::lane {
 namespace {
 
-// The warp's next chunk: its route's, then the next pair's.
-__device__ __forceinline__ Step next(const Params& p, const Walk& w, Step s) {
-  ++s.number;
-  s.index += p.relay;
-  if (s.index >= p.chunks) s.index = w.turn, ++s.pair;
-  return s;
-}
-
 // One chunk: the route's output is added to what memory.sum holds. First all that the positions have of their own, then
 // the recurrence, by when the sum has come.
 template <typename T, int kC, typename M>
@@ -86,25 +78,17 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
   const T* x = static_cast<const T*>(p.x) + offset;
   T* y = static_cast<T*>(p.y) + offset;
   const int first = w.direction ? p.chunks - middle(p) : middle(p);  // chunks before the barrier
-  const int pairs = p.k / 2;
-  clear(memory);
-  Step step{0, w.turn, 0};
-  fetch_tokens(p, w, step, memory);
-  if (next(p, w, step).pair < pairs) fetch_tokens(p, w, next(p, w, step), memory);
-  ptx::commit_async();
-  wait_async<0>();
   // Whether an output lies there already: of an earlier pair, or of the other direction, which came first.
   const auto again = [&](const Step& s) { return s.pair > 0 || s.index >= first; };
   const auto fetch = [&](const Step& s) {
     fetch_proj<T>(p, w, s, memory);
     fetch_tile<kC>(p, w, s, memory, x, memory.x[s.number % 2]);
   };
-  fetch(step);
-  ptx::commit_async();
+  start_walk<false>(p, w, memory, fetch);
   constexpr int kFragments = Shape<kC, kK>::kTiles * kK;
   uint4 weights[kFragments];
   Route<kC> r;
-  for (; step.pair < pairs; step = next(p, w, step)) {
+  for (Step step = first_step<false>(p, w); step.pair < p.end_pair; step = next_step<false>(p, w, step)) {
     if (step.index == w.turn) r = make_route<kC>(p, w, step);
     if (step.index == w.turn || kK > 1) {  // kept where there are registers for them
 #pragma unroll
@@ -114,10 +98,7 @@ __global__ void __launch_bounds__(2 * kMaxGroup* kMaxRelay* kWarp) forward_kerne
     if (again(step)) fetch_tile<kC>(p, w, step, memory, y, memory.sum);
     ptx::commit_async();
     wait_async<1>();
-    const Step after = next(p, w, step), later = next(p, w, after);
-    if (after.pair < pairs) fetch(after);
-    if (later.pair < pairs) fetch_tokens(p, w, later, memory);
-    ptx::commit_async();
+    fetch_ahead<false>(p, w, step, memory, fetch);
     expand<T, kC, kK>(p, w, step, memory, [&](int i) { return weights[i]; });
     walk_chunk<T, kC>(p, w, step, memory, r, again(step));
     __syncwarp();
@@ -145,11 +126,7 @@ template <typename T>
 void launch_forward(const Params& p, int channels, int ranks, cudaStream_t stream) {
   with_shape(channels, ranks, [&](auto c, auto n) {
     constexpr int kC = decltype(c)::value, kN = decltype(n)::value;
-    const int warps = 2 * p.group * p.relay, bytes = shared_bytes<kC, Memory<T, kC, (kN + 1) / 2>>(p);
-    auto* kernel = &forward_kernel<T, kC, kN>;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
-    kernel<<<static_cast<unsigned>(int64_t{p.b} * p.slabs), warps * kWarp, bytes, stream>>>(p);
-    check_launch(kOp);
+    launch_pairs<kC, Memory<T, kC, (kN + 1) / 2>>(&forward_kernel<T, kC, kN>, p, stream);
   });
 }
 

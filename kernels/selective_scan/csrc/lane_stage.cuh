@@ -72,6 +72,17 @@ __device__ __forceinline__ void store_tile(const Params& p, const Walk& w, const
   });
 }
 
+// The rows of a tile past the end of the table: nothing comes back from there.
+template <int kC, typename T>
+__device__ __forceinline__ void clear_tail(const Params& p, const Walk& w, const Step& s, Tile<T, kC>& tile) {
+  if (is_whole(p, w, s)) return;
+  for (int j = 0; j < kRows; ++j) {
+    if (position_of(p, w, s, j) < p.l) continue;
+    for (auto& number : tile[j]) number = 0.f;
+  }
+  __syncwarp();
+}
+
 // A lane's numbers in a row of a tile.
 template <int kC, typename T>
 __device__ __forceinline__ Raw<T, kC>& lane_of(T (&row)[32 * kC], int lane) {
@@ -84,6 +95,44 @@ __device__ __forceinline__ void clear(M& memory) {
   int* words = reinterpret_cast<int*>(&memory);
   for (int i = threadIdx.x % kWarp; i < static_cast<int>(sizeof(M) / 4); i += kWarp) words[i] = 0;
   __syncwarp();
+}
+
+// ---- the warp's way through its chunks: forwards, or as the backward pass goes, from the last to the first ----
+
+template <bool kBackward>
+__device__ __forceinline__ Step first_step(const Params& p, const Walk& w) {
+  return {p.pair, kBackward ? p.chunks - 1 - w.turn : w.turn, 0};
+}
+
+// The next chunk: of the route, then of the next pair's.
+template <bool kBackward>
+__device__ __forceinline__ Step next_step(const Params& p, const Walk& w, Step s) {
+  ++s.number;
+  s.index += kBackward ? -p.relay : p.relay;
+  if (kBackward ? s.index < 0 : s.index >= p.chunks) s.index = first_step<kBackward>(p, w).index, ++s.pair;
+  return s;
+}
+
+// Asks for what the first step needs. fetch(step): asks for the step's rows, whose tokens are there.
+template <bool kBackward, typename M, typename Fetch>
+__device__ __forceinline__ void start_walk(const Params& p, const Walk& w, M& memory, Fetch&& fetch) {
+  const Step step = first_step<kBackward>(p, w), after = next_step<kBackward>(p, w, step);
+  clear(memory);
+  fetch_tokens(p, w, step, memory);
+  if (after.pair < p.end_pair) fetch_tokens(p, w, after, memory);
+  ptx::commit_async();
+  wait_async<0>();
+  fetch(step);
+  ptx::commit_async();
+}
+
+// Asks for what the next steps need, when the rows of this one have come.
+template <bool kBackward, typename M, typename Fetch>
+__device__ __forceinline__ void fetch_ahead(const Params& p, const Walk& w, const Step& s, M& memory, Fetch&& fetch) {
+  const Step after = next_step<kBackward>(p, w, s), later = next_step<kBackward>(p, w, after);
+  if (after.pair < p.end_pair) fetch(after);
+  if (later.pair < p.end_pair) fetch_tokens(p, w, later, memory);
+  ptx::commit_async();
 }
 
 // ---- z and the gates of a chunk, for all lanes of the warp ----
@@ -144,8 +193,7 @@ __device__ __forceinline__ Route<kC> make_route(const Params& p, const Walk& w, 
   load_floats<kC>(p.bias + route_of(p, w, s) * padded + w.channel, true, r.bias);
   load_floats<kC>(p.A + at, w.active, r.A);
   load_floats<kC>(p.D + at, w.active, r.D);
-#pragma unroll
-  for (int c = 0; c < kC; ++c) r.carry[c] = 0.f;
+  load_floats<kC>(p.enter + span_of(p, w, s), p.segments > 1 && w.active, r.carry);
   return r;
 }
 
@@ -170,10 +218,24 @@ __device__ __forceinline__ void relay(const Params& p, const Walk& w, const Step
   }
 }
 
-// Shared memory of a block whose warps have an M each.
+// Launches a kernel whose warps have an M each.
 template <int kC, typename M>
-int shared_bytes(const Params& p) {
-  return 2 * p.group * p.relay * static_cast<int>(sizeof(M) + (p.relay > 1 ? sizeof(Turn<kC>) : 0));
+void launch(void (*kernel)(Params), const Params& p, cudaStream_t stream) {
+  const int warps = 2 * p.group * p.relay;
+  const int bytes = warps * static_cast<int>(sizeof(M) + (p.relay > 1 ? sizeof(Turn<kC>) : 0));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kOp);
+  kernel<<<static_cast<unsigned>(int64_t{p.b} * p.segments * p.slabs), warps * kWarp, bytes, stream>>>(p);
+  check_launch(kOp);
+}
+
+// The same for a kernel that walks the pairs of routes: where there are segments, one pair at a time.
+template <int kC, typename M>
+void launch_pairs(void (*kernel)(Params), Params p, cudaStream_t stream) {
+  const int pairs = p.end_pair, step = p.segments > 1 ? 1 : pairs;
+  for (p.pair = 0; p.pair < pairs; p.pair += step) {
+    p.end_pair = p.pair + step;
+    launch<kC, M>(kernel, p, stream);
+  }
 }
 
 // Calls f with the sizes (channels a lane, tiles of 8 ranks) as types.

@@ -19,7 +19,7 @@ struct alignas(16) BackwardMemory : Memory<T, kC, (kN + 1) / 2> {
   __device__ __forceinline__ const auto& part_of(const Step& s) const { return part[s.number % kParts]; }
 };
 
-// Sums over the positions of an image.
+// Sums over the positions of a segment.
 template <int kC, int kN>
 struct Sums {
   static constexpr int kTiles = kN <= kSumTiles ? kN : 0;
@@ -98,7 +98,8 @@ template <int kC, int kN>
 __device__ __forceinline__ void write_sums(const Params& p, const Walk& w, const Step& s, const Sums<kC, kN>& sums) {
   constexpr int kTiles = Sums<kC, kN>::kTiles;
   const int ranks = p.columns - 3, g = w.lane / 4, q = w.lane % 4;
-  const int64_t row = ((static_cast<int64_t>(w.image) * p.relay + w.turn) * p.k + route_of(p, w, s)) * p.d;
+  const int64_t group = (static_cast<int64_t>(w.image) * p.segments + w.segment) * p.relay + w.turn;
+  const int64_t row = (group * p.k + route_of(p, w, s)) * p.d;
 #pragma unroll
   for (int c = 0; c < kC; ++c) {
     if (!w.active) break;
