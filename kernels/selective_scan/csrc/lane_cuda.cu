@@ -147,9 +147,9 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
   const Tensor gradient = aligned_rows(torch::stable::contiguous(to_dtype(dy, dtype)));
   const Tensor borders = torch::stable::contiguous(states);
   const Tensor dx = empty_like_on(in.x, {s.b, s.l, s.d}, dtype), dproj = empty_like_on(in.x, {s.b, s.l, s.k, s.m}, dtype);
-  Tensor dweight = zeros_like_on(in.x, {s.k, s.d, s.r}, kFloat);
-  const Tensor dbias = zeros_like_on(in.x, {s.k, s.d}, kFloat);
-  const Tensor dA = zeros_like_on(in.x, {s.k, s.d, 1}, kFloat), dD = zeros_like_on(in.x, {s.k, s.d}, kFloat);
+  Tensor dweight = sum_like_on(in.x, {s.k, s.d, s.r});
+  const Tensor dbias = sum_like_on(in.x, {s.k, s.d}), dD = sum_like_on(in.x, {s.k, s.d});
+  const Tensor dA = sum_like_on(in.x, {s.k, s.d, 1});
   if (dx.numel() == 0) return {dx, dproj, dweight, dbias, dA, dD};
 
   const Split split = make_split(s);

@@ -77,6 +77,11 @@ using ForwardResult = std::tuple<Tensor, Tensor>;
 // Gradients of x, proj, dt_weight, dt_bias, A, D.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Room for a sum over the tokens, which the kernels write whole; zero where there is no token.
+inline Tensor sum_like_on(const Tensor& x, Shape shape) {
+  return x.numel() ? empty_like_on(x, shape, kFloat) : zeros_like_on(x, shape, kFloat);
+}
+
 inline void check_gradient(const Inputs& in, const Tensor& dy) {
   const auto& s = in.size;
   check_shape(kOp, "the gradient of y", dy, {s.b, s.l, s.d});

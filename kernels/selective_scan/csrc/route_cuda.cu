@@ -127,8 +127,8 @@ BackwardResult backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& pr
   const Tensor gradient = torch::stable::contiguous(dy), borders = torch::stable::contiguous(states);
   const Tensor dx = empty_like_on(x, {s.b, s.l, s.d}, x.scalar_type());
   const Tensor dproj = empty_like_on(x, {s.b, s.l, s.k, s.m}, x.scalar_type());
-  const Tensor dweight = zeros_like_on(x, {s.k, s.d, s.r}, kFloat), dbias = zeros_like_on(x, {s.k, s.d}, kFloat);
-  const Tensor dA = zeros_like_on(x, {s.k, s.d, s.n}, kFloat), dD = zeros_like_on(x, {s.k, s.d}, kFloat);
+  const Tensor dweight = sum_like_on(x, {s.k, s.d, s.r}), dbias = sum_like_on(x, {s.k, s.d});
+  const Tensor dA = sum_like_on(x, {s.k, s.d, s.n}), dD = sum_like_on(x, {s.k, s.d});
   if (dx.numel() == 0) return {dx, dproj, dweight, dbias, dA, dD};
 
   const int64_t floats = row_floats(ceil_div(s.r, 8), s.n);
