@@ -59,8 +59,7 @@ class QuadMaps:
 
     fine, coarse: (l) position of each token in the two-level and in the one-level order.
     quadrant: (l) quadrant 0..3 of each token, after the shift.
-    member: (4, l) float32, 1 where the score of a token counts for a quadrant; count: (4) float32,
-    its tokens, at least 1; empty: (4) bool, quadrants without tokens.
+    pool: (l) quadrant 0..3 for which the score of a token counts; count: (4) float32, its tokens.
     tables: (4, l) where every selection is a permutation: row q lists the token at each position
     when q is selected.
     """
@@ -68,9 +67,8 @@ class QuadMaps:
     fine: Tensor
     coarse: Tensor
     quadrant: Tensor
-    member: Tensor
+    pool: Tensor
     count: Tensor
-    empty: Tensor
     tables: Tensor | None
 
 
@@ -205,11 +203,10 @@ def _quad_maps(
     if nested or partition[0] == partition[1]:
         tables = torch.stack([_inverse(torch.where(quadrant == q, fine, coarse)) for q in range(4)])
         tables = tables.to(device, torch.int32)
-    member = (quadrant if nested else unrolled) == torch.arange(4)[:, None]
-    count = member.sum(1)
-    index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant))
-    pooling = (m.to(device, torch.float32) for m in (member, count.clamp(min=1)))
-    return QuadMaps(*index, *pooling, (count == 0).to(device), tables)
+    pool = quadrant if nested else unrolled
+    count = (pool == torch.arange(4)[:, None]).sum(1).to(device, torch.float32)
+    index = (m.to(device, torch.int32) for m in (fine, coarse, quadrant, pool))
+    return QuadMaps(*index, count, tables)
 
 
 def _window_positions(y: Tensor, x: Tensor, h: int, w: int, windows: int, nested: bool) -> Tensor:

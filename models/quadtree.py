@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quadmamba.kernels.fused import predictor_score
+from quadmamba.kernels.fused import predictor_score, quadrant_choice
+from quadmamba.kernels.fused.quadrant_choice.reference import mean_scores, one_hot
 from quadmamba.models.layers import LayerNorm, is_fused
 from quadmamba.models.orders import QuadMaps
 
@@ -45,8 +46,7 @@ def quadrant_logits(score: Tensor, maps: QuadMaps) -> Tensor:
 
     A quadrant without tokens (a side of length 1) gets -inf, so that it is never selected.
     """
-    total = (score.flatten(1)[:, None] * maps.member).sum(-1)
-    return (total / maps.count).masked_fill(maps.empty, float("-inf"))
+    return mean_scores(score, maps.pool, maps.count)
 
 
 def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = True) -> Tensor:
@@ -57,11 +57,23 @@ def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = T
     without noise. Otherwise: argmax, without noise.
     """
     if not training:
-        return _one_hot_argmax(logits)
+        return one_hot(logits)
     if gumbel:
         logits = logits - torch.empty_like(logits).exponential_().log()
     soft = (logits / tau).softmax(-1)
-    return _one_hot_argmax(soft) + (soft - soft.detach())
+    return one_hot(soft) + (soft - soft.detach())
+
+
+def choose_quadrant(
+    score: Tensor, maps: QuadMaps, tau: float, training: bool, gumbel: bool = True
+) -> Tensor:
+    """`select_quadrant` of the `quadrant_logits`; on a GPU in one pass, with the same generator."""
+    if not is_fused(score):
+        return select_quadrant(quadrant_logits(score, maps), tau, training, gumbel)
+    if not training:
+        return quadrant_choice(score.detach(), maps.pool, maps.count)
+    noise = score.new_empty((len(score), 4)).exponential_() if gumbel else None
+    return quadrant_choice(score, maps.pool, maps.count, noise, tau)
 
 
 def first_quadrant(batch: int, device: torch.device) -> Tensor:
@@ -81,7 +93,3 @@ def random_quadrant(batch: int, device: torch.device, seed: int, training: bool)
         generator = torch.Generator().manual_seed(seed)
         choice = torch.randint(4, (batch,), generator=generator).to(device)
     return torch.eye(4, device=device)[choice]
-
-
-def _one_hot_argmax(values: Tensor) -> Tensor:
-    return torch.zeros_like(values).scatter_(-1, values.argmax(-1, keepdim=True), 1.0)

@@ -29,10 +29,9 @@ from quadmamba.models.orders import (
 )
 from quadmamba.models.quadtree import (
     QuadPredictor,
+    choose_quadrant,
     first_quadrant,
-    quadrant_logits,
     random_quadrant,
-    select_quadrant,
 )
 
 SELECTIONS = ("predictor", "random", "first")
@@ -193,8 +192,7 @@ class QuadSS2D(SS2D):
         """The selected quadrant, one-hot (b, 4), from the scores (b, h, w) of the tokens."""
         h, w = (operator.index(side) for side in score.shape[1:])
         maps = self.order.maps(h, w, self.shift(h, w), score.device)
-        logits = quadrant_logits(score, maps)
-        return select_quadrant(logits, self.tau, self.training, self.gumbel)
+        return choose_quadrant(score, maps, self.tau, self.training, self.gumbel)
 
     def select(self, x: Tensor) -> Tensor:
         """The selected quadrant of the grids x (b, h, w, d), one-hot (b, 4)."""

@@ -107,8 +107,8 @@ def test_a_folder_without_canvases_is_named(digits, tmp_path):
 # ---------------------------------------------------------------------------------------- rates
 def choose(op, logits):
     """Let `op` select by these logits (4) whatever the image."""
-    member = op.order.maps(8, 8, op.shift(8, 8), torch.device("cpu")).member
-    op.predictor.forward = lambda x: (logits @ member).view(1, 8, 8).expand(len(x), 8, 8)
+    pool = op.order.maps(8, 8, op.shift(8, 8), torch.device("cpu")).pool
+    op.predictor.forward = lambda x: logits[pool.long()].view(1, 8, 8).expand(len(x), 8, 8)
 
 
 def test_rates_count_where_the_selected_quadrant_holds_the_point():

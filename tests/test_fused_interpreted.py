@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_interpreted_predictor(rows, d, widest, monkeypatch):
 def test_triton_interpreter():
     """The Triton kernels on the CPU, in a process of its own: the switch is read at import."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "interpreted"]
+    files = [__file__, str(Path(__file__).with_name("test_quadrant_choice.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "interpreted"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

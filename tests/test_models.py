@@ -123,7 +123,7 @@ def test_every_gradient_agrees_with_finite_differences(order, monkeypatch):
 
     loss().backward()
     surrogate = SoftSurrogate()
-    monkeypatch.setattr(ss2d, "select_quadrant", surrogate)
+    monkeypatch.setattr(quadtree, "select_quadrant", surrogate)
     eps = 1e-6
     with torch.no_grad():
         loss()

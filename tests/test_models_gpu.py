@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from quadmamba.models import QuadMamba, from_release, ss2d
 from quadmamba.models.orders import ORDERS
+from quadmamba.models.quadtree import quadrant_logits
 from quadmamba.models.release import official_name
 from quadmamba.utils.views import block_views
 from tests.literal import literal_logits, official_state
@@ -21,12 +22,12 @@ TOLERANCES = {
 }
 
 
-def fixed_choice(logits, tau, _training, _gumbel):
+def fixed_choice(score, maps, tau, _training, _gumbel):
     """Straight-through choice of another quadrant for each image, whatever the scores.
 
     Fresh weights score all quadrants almost alike, so two devices would choose differently.
     """
-    soft = (logits / tau).softmax(-1)
+    soft = (quadrant_logits(score, maps) / tau).softmax(-1)
     hard = torch.eye(4, dtype=soft.dtype, device=soft.device)[torch.arange(len(soft)) % 4]
     return hard + (soft - soft.detach())
 
@@ -60,7 +61,7 @@ def group_of(name):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_gpu_equals_float64(order, dtype, monkeypatch):
-    monkeypatch.setattr(ss2d, "select_quadrant", fixed_choice)
+    monkeypatch.setattr(ss2d, "choose_quadrant", fixed_choice)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     orders = (order, order, "raster", "raster")

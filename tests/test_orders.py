@@ -132,9 +132,9 @@ def test_release_pools_scores_before_the_roll_and_quadtree_after():
     grid = (16, 16)
     release, quadtree = ReleaseOrder(), QuadtreeOrder()
     still = quadtree.maps(*grid, (0, 0), CPU)
-    assert torch.equal(release.maps(*grid, (2, 2), CPU).member.argmax(0), still.quadrant.long())
+    assert torch.equal(release.maps(*grid, (2, 2), CPU).pool, still.quadrant)
     moved = quadtree.maps(*grid, (2, 2), CPU)
-    assert torch.equal(moved.member.argmax(0), moved.quadrant.long())
+    assert torch.equal(moved.pool, moved.quadrant)
     assert not torch.equal(moved.quadrant, still.quadrant)
 
 

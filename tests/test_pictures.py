@@ -28,8 +28,8 @@ def fix_quadrant(op, quadrant):
 
     def score(x):
         h, w = x.shape[1:3]
-        member = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).member
-        return member[quadrant].view(1, h, w).expand(len(x), h, w)
+        pool = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).pool
+        return (pool == quadrant).float().view(1, h, w).expand(len(x), h, w)
 
     op.predictor.forward = score
 

@@ -37,8 +37,8 @@ def mixer(order, sign=None):
 
 def scores_for(op, h, w, chosen):
     """Scores (1, h, w) that make `op` choose this quadrant."""
-    member = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).member
-    return member[chosen].view(1, h, w)
+    pool = op.order.maps(h, w, op.shift(h, w), torch.device("cpu")).pool
+    return (pool == chosen).float().view(1, h, w)
 
 
 def windows(op, h, w, chosen):

@@ -173,6 +173,7 @@ def join(
         dist.barrier()
         watch.part()
     except RankError:  # all ranks leave
+        _leave_alone(world)
         raise
     except errors as error:
         _tell(watch, world, f"{error}", USER_ERROR)

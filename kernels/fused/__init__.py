@@ -11,6 +11,7 @@ from quadmamba.kernels.fused.layer_norm import (
 from quadmamba.kernels.fused.linear import linear
 from quadmamba.kernels.fused.mlp import mlp, mlp_ref
 from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
+from quadmamba.kernels.fused.quadrant_choice import quadrant_choice, quadrant_choice_ref
 
 __all__ = [
     "add_layer_norm",
@@ -25,4 +26,6 @@ __all__ = [
     "mlp_ref",
     "predictor_score",
     "predictor_score_ref",
+    "quadrant_choice",
+    "quadrant_choice_ref",
 ]

@@ -1,0 +1,99 @@
+"""Triton kernels of the choice: a program takes the scores of an image, or a block of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quadmamba.kernels.fused.jit import jit
+from quadmamba.kernels.fused.launch import ceil_div
+
+BLOCK, WARPS = 1024, 4
+
+
+@triton.jit
+def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor):
+    """A vector of four numbers."""
+    i = tl.arange(0, 4)
+    return tl.where(i == 0, a, tl.where(i == 1, b, tl.where(i == 2, c, d)))
+
+
+@jit(do_not_specialize=["l"])
+def _forward_kernel(
+    score: tl.tensor, pool: tl.tensor, count: tl.tensor, noise: tl.tensor, choice: tl.tensor,
+    soft: tl.tensor, l: tl.tensor, tau: tl.tensor, NOISE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(0).to(tl.int64)
+    a, b, c, d = (
+        tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
+    )  # fmt: skip
+    start = 0
+    while start < l:
+        token = start + tl.arange(0, BLOCK)
+        quadrant = tl.load(pool + token, mask=token < l, other=4)
+        value = tl.load(score + image * l + token, mask=token < l, other=0.0).to(tl.float32)
+        a += tl.where(quadrant == 0, value, 0.0)
+        b += tl.where(quadrant == 1, value, 0.0)
+        c += tl.where(quadrant == 2, value, 0.0)
+        d += tl.where(quadrant == 3, value, 0.0)
+        start += BLOCK
+    i = tl.arange(0, 4)
+    total = _four(tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0))
+    tokens = tl.load(count + i)
+    logit = total / tl.maximum(tokens, 1.0)
+    if NOISE:
+        logit -= tl.log(tl.load(noise + image * 4 + i))
+    logit = tl.where(tokens > 0, logit / tau, float("-inf"))
+    weight = tl.exp(logit - tl.max(logit, 0))
+    share = weight / tl.sum(weight, 0)
+    best = tl.min(tl.where(share == tl.max(share, 0), i, 3), 0)
+    tl.store(soft + image * 4 + i, share)
+    tl.store(choice + image * 4 + i, tl.where(i == best, 1.0, 0.0))
+
+
+@jit(do_not_specialize=["l", "blocks"])
+def _backward_kernel(
+    grad: tl.tensor, soft: tl.tensor, pool: tl.tensor, count: tl.tensor, out: tl.tensor,
+    l: tl.tensor, blocks: tl.tensor, tau: tl.tensor, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    image = (pid // blocks).to(tl.int64)
+    i = tl.arange(0, 4)
+    g, share = tl.load(grad + image * 4 + i).to(tl.float32), tl.load(soft + image * 4 + i)
+    along = tl.sum(g * share, 0)
+    token = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
+    real = token < l
+    at = tl.load(pool + token, mask=real, other=0)
+    g, share = tl.load(grad + image * 4 + at).to(tl.float32), tl.load(soft + image * 4 + at)
+    value = share * (g - along) / (tau * tl.load(count + at))
+    tl.store(out + image * l + token, value, mask=real)
+
+
+def forward(
+    score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
+) -> tuple[Tensor, Tensor]:
+    """The choice and the softmax, (b, 4) float32 each. All contiguous."""
+    b, l = score.shape[0], pool.shape[0]
+    choice, soft = score.new_empty((2, b, 4), dtype=torch.float32).unbind()
+    if b:
+        with torch.cuda.device_of(score):
+            _forward_kernel[(b,)](
+                score, pool, count, noise, choice, soft, l, tau,
+                NOISE=noise is not None, BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
+    return choice, soft
+
+
+def backward(grad: Tensor, soft: Tensor, pool: Tensor, count: Tensor, tau: float) -> Tensor:
+    """Gradient of the scores, (b, l) float32. All contiguous."""
+    b, l = soft.shape[0], pool.shape[0]
+    out, blocks = soft.new_empty((b, l)), ceil_div(l, BLOCK)
+    if out.numel():
+        with torch.cuda.device_of(soft):
+            _backward_kernel[(b * blocks,)](
+                grad, soft, pool, count, out, l, blocks, tau, BLOCK=BLOCK, num_warps=WARPS
+            )
+    return out
