@@ -51,7 +51,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat and to watch."""
+        """Begin to beat and to watch. A rank that dies later has beaten once."""
+        self._beat(0)
         self._thread.start()
 
     def stop(self) -> None:
@@ -93,7 +94,7 @@ class Watch:
         try:
             while not self._over.wait(_BEAT_S):
                 beats += 1
-                self._store.set(f"beat/{self._rank}", f"{beats} {self._host}")
+                self._beat(beats)
                 if self._store.check([_FAILED]):
                     self._learn()
                     return
@@ -101,6 +102,9 @@ class Watch:
         except RuntimeError as error:  # the store has gone, and rank 0 or its launcher with it
             if not self._over.wait(_LEAVE_S):
                 self._leave(f"rank {self._rank} lost the store of the run: {error}", CRASH)
+
+    def _beat(self, number: int) -> None:
+        self._store.set(f"beat/{self._rank}", f"{number} {self._host}")
 
     def _listen(self, rank: int) -> None:
         """Report `rank` where it has not beaten for too long."""
