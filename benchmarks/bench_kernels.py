@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from benchmarks.official import OfficialMixer
+from benchmarks.plain import PlainMixer
 from quadmamba.configs import load_cfg
 from quadmamba.kernels import selective_scan as ss
 from quadmamba.kernels.quadtree_gather import (
@@ -98,7 +99,8 @@ def bench_op(args: argparse.Namespace) -> Iterator[Row]:
     """The whole mixer, in_proj to out_proj, in training mode under autocast."""
     dtype = DTYPES[args.dtype]
     for name, stage, op, shape in stages(args.models, args.batch):
-        mixers = {"ours": op, "official": OfficialMixer(op, ss.selective_scan)}
+        official = OfficialMixer(op, ss.selective_scan)
+        mixers = {"ours": op, "reference": PlainMixer(op), "official": official}
         for provider in [p for p in args.providers if p in mixers]:
             x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
             forward = partial(autocast, mixers[provider].train(), x, dtype)

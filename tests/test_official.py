@@ -1,9 +1,10 @@
-"""Our mixers equal the official sequence of operations, output and every gradient, in float64."""
+"""Our mixers equal their restatements, the official one and the plain one, in float64."""
 
 import pytest
 import torch
 
 from benchmarks.official import OfficialMixer
+from benchmarks.plain import PlainMixer
 from quadmamba.kernels import selective_scan
 from quadmamba.models.orders import RasterOrder, ReleaseOrder
 from quadmamba.models.ss2d import SS2D, QuadSS2D
@@ -15,13 +16,20 @@ CASES = {
 }
 
 
+RESTATED = {
+    "official": lambda op: OfficialMixer(op, selective_scan.selective_scan_ref),
+    "plain": PlainMixer,
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_mixer_equals_the_official_operations(name, training):
+@pytest.mark.parametrize("restated", RESTATED)
+def test_mixer_equals_its_restatements(restated, name, training):
     torch.manual_seed(0)
     op = CASES[name]().double().train(training)
     results = []
-    for mixer in (op, OfficialMixer(op, selective_scan.selective_scan_ref)):
+    for mixer in (op, RESTATED[restated](op)):
         torch.manual_seed(1)  # the same Gumbel noise
         op.zero_grad()
         x = torch.randn(3, 16, 16, 8, dtype=torch.float64, requires_grad=True)

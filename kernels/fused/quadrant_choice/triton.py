@@ -77,7 +77,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The choice and the softmax, (b, 4) float32 each. All contiguous."""
     b, l = score.shape[0], pool.shape[0]
-    choice, soft = score.new_empty((2, b, 4), dtype=torch.float32).unbind()
+    choice, soft = (score.new_empty((b, 4), dtype=torch.float32) for _ in range(2))
     if b:
         with torch.cuda.device_of(score):
             _forward_kernel[(b,)](
