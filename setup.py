@@ -20,6 +20,7 @@ PACKAGES = {
     "quadmamba.kernels.fused.linear": "kernels/fused/linear",
     "quadmamba.kernels.fused.mlp": "kernels/fused/mlp",
     "quadmamba.kernels.fused.predictor": "kernels/fused/predictor",
+    "quadmamba.kernels.fused.quadrant_choice": "kernels/fused/quadrant_choice",
     "quadmamba.data": "data",
     "quadmamba.utils": "utils",
 }
