@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.quadtree_gather import gather_in_ref, gather_out_ref
-from quadmamba.models.orders import cross_routes
+from quadmamba.models.orders import QuadMaps, cross_routes
 from quadmamba.models.quadtree import QuadPredictor, quadrant_logits, select_quadrant
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
@@ -40,8 +40,7 @@ def _raster_core(op: SS2D, x: Tensor, proj: Tensor) -> Tensor:
 def _quad_core(op: QuadSS2D, x: Tensor, proj: Tensor) -> Tensor:
     h, w = x.shape[1:3]
     maps = op.order.maps(h, w, op.shift(h, w), x.device)
-    logits = quadrant_logits(_score(op.predictor, x), maps)
-    decision = select_quadrant(logits, op.tau, op.training, op.gumbel)
+    decision = _decide(op, x, maps)
     index = (decision, maps.fine, maps.coarse, maps.quadrant)
     tokens, numbers = gather_in_ref(x.flatten(1, 2), *index), gather_in_ref(proj.flatten(2), *index)
     straight = torch.arange(h * w, dtype=torch.int32, device=x.device)[None]
@@ -49,6 +48,13 @@ def _quad_core(op: QuadSS2D, x: Tensor, proj: Tensor) -> Tensor:
     numbers = numbers.view(proj.shape)
     y = selective_scan.route_scan_ref(tokens, numbers, *op.ssm.weights(), *route)
     return gather_out_ref(y.to(x.dtype), *index)
+
+
+def _decide(op: QuadSS2D, x: Tensor, maps: QuadMaps) -> Tensor:
+    if op.predictor is None:
+        return op.select(x)
+    logits = quadrant_logits(_score(op.predictor, x), maps)
+    return select_quadrant(logits, op.tau, op.training, op.gumbel)
 
 
 def _score(predictor: QuadPredictor, x: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class QuadMaps:
 
     fine, coarse: (l) position of each token in the two-level and in the one-level order.
     quadrant: (l) quadrant 0..3 of each token, after the shift.
-    pool: (l) quadrant 0..3 for which the score of a token counts; count: (4) float32, its tokens.
+    pool: (l) quadrant 0..3 for which the score of a token counts; count: (4) float32, how many
+    tokens count for each.
     tables: (4, l) where every selection is a permutation: row q lists the token at each position
     when q is selected.
     """

@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quadmamba.kernels.fused import predictor_score, quadrant_choice
-from quadmamba.kernels.fused.quadrant_choice.reference import mean_scores, one_hot
+from quadmamba.kernels.fused import predictor_score
+from quadmamba.kernels.fused.quadrant_choice import (
+    choose,
+    mean_scores,
+    quadrant_choice,
+    straight_through,
+)
 from quadmamba.models.layers import LayerNorm, is_fused
 from quadmamba.models.orders import QuadMaps
 
@@ -56,24 +61,23 @@ def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = T
     generator: exactly one-hot, with the gradient of the soft sample. Without `gumbel` the same
     without noise. Otherwise: argmax, without noise.
     """
-    if not training:
-        return one_hot(logits)
-    if gumbel:
-        logits = logits - torch.empty_like(logits).exponential_().log()
-    soft = (logits / tau).softmax(-1)
-    return one_hot(soft) + (soft - soft.detach())
+    hard, soft = choose(logits, _noise(logits, training and gumbel), tau)
+    return straight_through(hard, soft) if training else hard
 
 
 def choose_quadrant(
     score: Tensor, maps: QuadMaps, tau: float, training: bool, gumbel: bool = True
 ) -> Tensor:
-    """`select_quadrant` of the `quadrant_logits`; on a GPU in one pass, with the same generator."""
+    """`select_quadrant` of the `quadrant_logits`; on a GPU in one pass, with the same draws."""
     if not is_fused(score):
         return select_quadrant(quadrant_logits(score, maps), tau, training, gumbel)
-    if not training:
-        return quadrant_choice(score.detach(), maps.pool, maps.count)
-    noise = score.new_empty((len(score), 4)).exponential_() if gumbel else None
-    return quadrant_choice(score, maps.pool, maps.count, noise, tau)
+    score = score if training else score.detach()
+    return quadrant_choice(score, maps.pool, maps.count, _noise(score, training and gumbel), tau)
+
+
+def _noise(like: Tensor, wanted: bool) -> Tensor | None:
+    """A draw (b, 4) of the exponential distribution: its negative logarithm is Gumbel noise."""
+    return like.new_empty((len(like), 4)).exponential_() if wanted else None
 
 
 def first_quadrant(batch: int, device: torch.device) -> Tensor:

@@ -28,7 +28,10 @@ INCLUDE = (
     TORCH / "include",
 )
 DEFINE = ("-DTORCH_TARGET_VERSION=0x020a000000000000", '-DSCAN_BUILD="emulated"')
-FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w")
+FLAGS = (
+    *("-O2", "-march=native", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w"),
+    "-U_FORTIFY_SOURCE",  # it takes a jump to another fiber's stack for an error
+)
 WORDS = {
     r"(\w+(?:<\w+>)?)<<<(.*?)>>>\(": r"emulator::Launch(\2)(\1, ",
     r", \)": r")",
@@ -47,27 +50,35 @@ WORDS = {
 
 
 def translate(folder: Path) -> None:
-    """Write all sources to `folder` as C++; a file that stays the same is not touched."""
+    """Write all sources to `folder` as C++ and nothing else; what stays the same is not touched."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*(KERNELS / "csrc").iterdir(), *(HERE / "emulator").glob("*.*")]:
-        text = path.read_text()
-        if path.suffix in (".cu", ".cuh", ".cpp"):
+    sources = [*(KERNELS / "csrc").iterdir(), *(HERE / "emulator").glob("*.*")]
+    texts = {path.name: path.read_text() for path in sources}  # ptx.cuh: the emulator's
+    for name, text in texts.items():
+        if name.endswith((".cu", ".cuh", ".cpp")):
             for pattern, replacement in WORDS.items():
                 text = re.sub(pattern, replacement, text, flags=re.DOTALL)
-        target = folder / path.name
+        target = folder / name
         if not target.exists() or target.read_text() != text:
             target.write_text(text)
+    for path in folder.iterdir():
+        if path.suffix not in (".o", ".cmd") and path.name not in texts:
+            path.unlink()
 
 
 def compile_source(source: Path) -> Path:
-    """The object of one source, compiled unless it is newer than all sources and this file."""
-    output = source.with_suffix(".o")
-    depends = [Path(__file__), source, *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
-    if output.exists() and output.stat().st_mtime > max(p.stat().st_mtime for p in depends):
-        return output
+    """The object of one source, compiled unless it is newer than all that it may depend on."""
+    output, stamp = source.with_suffix(".o"), source.with_suffix(".cmd")
     include = [word for folder in INCLUDE for word in ("-isystem", folder)]
     words = ["-x", "c++", "-include", source.parent / "emulator.h", "-c", source, "-o", output]
-    subprocess.run(["c++", *FLAGS, *DEFINE, *include, *words], check=True)
+    command = [*map(str, ["c++", *FLAGS, *DEFINE, *include, *words])]
+    text = "\n".join([torch.__version__, triton.__version__, *command])
+    depends = [source, *source.parent.glob("*.h"), *source.parent.glob("*.cuh")]
+    newest = max(path.stat().st_mtime for path in depends)
+    fresh = output.exists() and output.stat().st_mtime > newest
+    if not (fresh and stamp.exists() and stamp.read_text() == text):
+        subprocess.run(command, check=True)
+        stamp.write_text(text)
     return output
 
 

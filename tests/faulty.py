@@ -1,7 +1,8 @@
 """Run main.py with a fault built in: python tests/faulty.py FAULT ... -- WORDS of main.
 
 FAULT: kill=UPDATES (kill -9 before that optimizer step), raise=UPDATES, nan=UPDATES (the MLP of the
-first block gives NaN from that step on), count=N (nan: so many steps only), rank=R (only there),
+first block gives NaN from that step on), count=N (nan: so many steps only), die_early=1 (kill -9
+where the process has just joined the others), rank=R (only there),
 delay=SECONDS (each step takes longer), slow_validation=SECONDS (each batch of it takes longer),
 once=FILE (kill, raise: not where FILE exists; it is made).
 """
@@ -18,12 +19,13 @@ import torch
 
 from quadmamba.main import main
 from quadmamba.utils.stepper import Stepper
+from quadmamba.utils.watch import Watch
 
 
 def install(faults: dict[str, str]) -> None:
     """Wrap the optimizer step and the model of this process."""
     here = "rank" not in faults or faults["rank"] == os.environ.get("RANK", "0")
-    init, backward = Stepper.__init__, Stepper.backward
+    init, backward, start = Stepper.__init__, Stepper.backward, Watch.start
 
     def built(self, model, *args, **kwargs):
         init(self, model, *args, **kwargs)
@@ -47,7 +49,12 @@ def install(faults: dict[str, str]) -> None:
             raise LookupError("a fault on purpose")
         return backward(self, *args, **kwargs)
 
-    Stepper.__init__, Stepper.backward = built, stepped
+    def started(self):
+        start(self)
+        if here and "die_early" in faults:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Stepper.__init__, Stepper.backward, Watch.start = built, stepped, started
 
 
 def once(faults: dict[str, str]) -> bool:

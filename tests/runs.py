@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from quadmamba.main import main
+from quadmamba.utils.writer import partial_of
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -110,6 +111,14 @@ def start_ranks(command: list[str]) -> list[subprocess.Popen]:
 def two_ranks(command: list[str], timeout: float = 120) -> list[tuple[int, str, str]]:
     """Run `command` as two ranks to the end."""
     return [finish(process, timeout) for process in start_ranks(command)]
+
+
+def fill_up(path: Path) -> None:
+    """Let the disk be full where `path` is written next, also in a run that is yet to begin."""
+    partial, elsewhere = partial_of(path), path.parent / f"full-{path.name}"
+    elsewhere.mkdir()
+    (elsewhere / partial.name).symlink_to("/dev/full")
+    partial.parent.symlink_to(elsewhere)
 
 
 def state_of(out: Path, tag: str = "default") -> dict[str, object]:

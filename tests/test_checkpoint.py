@@ -8,6 +8,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
+from runs import fill_up
 from torch import nn
 
 from quadmamba.utils import writer
@@ -115,20 +116,14 @@ def test_a_snapshot_is_not_changed_by_what_follows(tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_thread_comes_with_the_next_checkpoint(tmp_path):
-    fill_up(tmp_path / "last.pth")
     writing = CheckpointWriter(tmp_path, keep=1)
+    fill_up(tmp_path / "last.pth")
     writing.submit(run_of(1), ["last.pth"])
     while writing.busy:
         time.sleep(0.01)
     assert writing.failed
     with pytest.raises(CheckpointError, match="No space left"):
         writing.submit(run_of(2), ["last.pth"])
-
-
-def fill_up(path):
-    """Let the disk be full where `path` is written next."""
-    partial_of(path).parent.mkdir()
-    partial_of(path).symlink_to("/dev/full")
 
 
 @pytest.mark.parametrize("name", ["last.pth", "last.safetensors"])
@@ -150,10 +145,21 @@ def test_a_save_clears_what_a_killed_one_left(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"last.pth", "last.safetensors"}
 
 
+def test_a_run_clears_what_a_killed_one_left_of_any_file(tmp_path):
+    partial_of(tmp_path / "best.pth").parent.mkdir()
+    partial_of(tmp_path / "best.pth").touch()
+    CheckpointWriter(tmp_path, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_may_be_read_by_whoever_may_read_the_checkpoint(tmp_path):
-    save(tmp_path / "last.pth", run_of(1))
-    modes = {(tmp_path / f"last.{end}").stat().st_mode for end in ("pth", "safetensors")}
-    assert len(modes) == 1
+    before = os.umask(0o022)
+    try:
+        save(tmp_path / "last.pth", run_of(1))
+    finally:
+        os.umask(before)
+    for end in ("pth", "safetensors"):
+        assert (tmp_path / f"last.{end}").stat().st_mode & 0o777 == 0o644
 
 
 def test_weights_lie_beside_as_safetensors(tmp_path):

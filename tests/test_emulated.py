@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import emulate
 import pytest
 
+pytest.importorskip("triton")  # brings the headers of CUDA
+import emulate
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("test_selective_scan.py", "test_route_scan.py", "test_quadtree_scan.py")
 
@@ -54,8 +58,9 @@ def test_threads_that_wait_for_ever_are_an_error(selftest):
 
 
 RUN = """
-import sys, pytest
+import sys, pytest, torch
 from selective_scan import library
+torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
 assert library.LOAD_ERROR is None and str(library.PATH).startswith(sys.argv[1]), library.PATH
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
@@ -69,7 +74,7 @@ def test_kernels_match_their_references(folder, settings):
     emulate.build(folder)
     env = {**os.environ, **{f"EMULATOR_{name}": value for name, value in settings.items()}}
     env["PYTHONPATH"] = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    modules = [str(ROOT / "tests" / name) for name in MODULES]
+    modules = [str(ROOT / "tests" / name) for name in (MODULES[1:2] if settings else MODULES)]
     choice = "cpu and both_ways and not float32" if settings else "cpu"
     command = [sys.executable, "-c", RUN, str(folder), *modules, "-k", choice]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)

@@ -138,7 +138,9 @@ def test_output_folder_that_cannot_be_written(tmp_path, capsys, data):
 
 def test_checkpoint_that_cannot_be_written(tmp_path, capsys, data):
     flags = ("--data-path", data, "--batch-size", 2, "--output", tmp_path, "--epochs", 1)
-    partial_of(tmp_path / "quadmamba_lite" / "default" / "last.pth").mkdir(parents=True)
+    partial = partial_of(tmp_path / "quadmamba_lite" / "default" / "last.pth").parent
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to(tmp_path / "nowhere")
     err = message_of(capsys, run(*flags))
     assert "cannot write" in err
     assert "last.pth" in err

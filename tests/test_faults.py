@@ -8,9 +8,17 @@ import subprocess
 import time
 
 import pytest
-from runs import arguments, compare, finish, run, start, start_ranks, state_of, write_images
-
-from quadmamba.utils.writer import partial_of
+from runs import (
+    arguments,
+    compare,
+    fill_up,
+    finish,
+    run,
+    start,
+    start_ranks,
+    state_of,
+    write_images,
+)
 
 FLAGS = ("--batch-size", 4, "--epochs", 2)
 FAULTY = "tests/faulty.py"
@@ -121,14 +129,21 @@ def test_a_rank_that_is_frozen_is_named_within_the_timeout(data, tmp_path):
     finish(ranks[1], timeout=1, kill=True)
 
 
+def test_a_rank_that_dies_before_its_first_step_is_named(data, tmp_path):
+    ranks = start_ranks(words_of(data, tmp_path, "die_early=1", "rank=1"))
+    code, _, err = finish(ranks[0])
+    assert code == 1
+    assert "rank 1 on " in err
+    assert "no sign of life" in err
+    finish(ranks[1])
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(data, tmp_path, capsys):
     flags = ("--data-path", data, "--output", tmp_path, "--batch-size", 4)
     assert run(*flags, "--epochs", 1) == 0
     last = folder_of(tmp_path) / "last.pth"
     before = last.read_bytes()
-    partial = partial_of(last)
-    partial.parent.mkdir()
-    partial.symlink_to("/dev/full")
+    fill_up(last)
     assert run(*flags, "--epochs", 3) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: cannot write")

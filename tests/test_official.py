@@ -6,7 +6,7 @@ import torch
 from benchmarks.official import OfficialMixer
 from benchmarks.plain import PlainMixer
 from quadmamba.kernels import selective_scan
-from quadmamba.models.orders import RasterOrder, ReleaseOrder
+from quadmamba.models.orders import QuadtreeOrder, RasterOrder, ReleaseOrder
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
 CASES = {
@@ -16,18 +16,22 @@ CASES = {
 }
 
 
+ALL_CASES = {
+    **CASES,
+    "quadtree-shifted": lambda: QuadSS2D(8, order=QuadtreeOrder(), sign=(1, -1), tau=0.5),
+}
 RESTATED = {
     "official": lambda op: OfficialMixer(op, selective_scan.selective_scan_ref),
     "plain": PlainMixer,
 }
+PAIRS = [("official", name) for name in CASES] + [("plain", name) for name in ALL_CASES]
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("restated", RESTATED)
+@pytest.mark.parametrize(("restated", "name"), PAIRS)
 def test_mixer_equals_its_restatements(restated, name, training):
     torch.manual_seed(0)
-    op = CASES[name]().double().train(training)
+    op = ALL_CASES[name]().double().train(training)
     results = []
     for mixer in (op, RESTATED[restated](op)):
         torch.manual_seed(1)  # the same Gumbel noise

@@ -93,10 +93,11 @@ def test_opcheck_and_compile(device):
         ({0: torch.zeros(9, dtype=torch.int32)}, "pool of the 30 tokens"),
         ({0: torch.zeros(30)}, "integer pool"),
         ({1: torch.ones(3)}, "four counts"),
+        ({1: torch.ones(4, dtype=torch.int64)}, "counts in float32"),
         ({2: torch.ones(3, 4)}, r"noise \(2, 4\)"),
         ({3: 0.0}, "temperature above 0"),
     ],
-    ids=["length", "dtype", "count", "noise", "tau"],
+    ids=["length", "dtype", "count", "integers", "noise", "tau"],
 )
 def test_wrong_arguments_say_what_was_expected(change, message):
     score, rest = make((2, 5, 6))

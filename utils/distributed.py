@@ -172,7 +172,7 @@ def join(
         yield world
         dist.barrier()
         watch.part()
-    except RankError:  # all ranks leave
+    except RankError:  # all ranks leave; on GPUs the group goes with the process
         _leave_alone(world)
         raise
     except errors as error:

@@ -6,6 +6,7 @@ failure of the run stands in the store too; who sees it leaves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -52,7 +53,8 @@ class Watch:
 
     def start(self) -> None:
         """Begin to beat and to watch. A rank that dies later has beaten once."""
-        self._beat(0)
+        with contextlib.suppress(RuntimeError):  # the store has gone: the thread says so
+            self._beat(0)
         self._thread.start()
 
     def stop(self) -> None:

@@ -63,7 +63,8 @@ def write_weights(path: Path, payload: Mapping[str, object]) -> None:
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(state, path, about)
-    path.chmod(mode)
+    with contextlib.suppress(PermissionError):  # a file system without permissions
+        path.chmod(mode)
 
 
 def save_alone(path: Path, payload: Mapping[str, object]) -> None:
@@ -87,8 +88,8 @@ def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is written before it takes its place: in a folder of its own, as a killed
-    process leaves it (and what the libraries write beside it) for the next save to clear.
+    """Where a file is written before it takes its place: alone in a folder, so that whatever a
+    killed process or a library leaves there can be removed at once.
     """
     return path.with_name(f".{path.name}.partial") / path.name
 
@@ -164,11 +165,14 @@ def _give_way() -> None:
 class CheckpointWriter:
     """Writes checkpoints to `folder` in a thread; one at a time, the next one waits for it.
 
-    keep: number of last checkpoints that stay. Costs host memory for one checkpoint.
+    keep: number of last checkpoints that stay. Costs host memory for one checkpoint. What a killed
+    process left half written in the folder is removed.
     """
 
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder, self._keep = folder, keep
+        for left in folder.glob(partial_of(Path("*")).parent.name):
+            shutil.rmtree(left, ignore_errors=True)
         self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
         self._snapshot = _Snapshot()
         self._pending: Future[None] | None = None

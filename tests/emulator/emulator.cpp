@@ -125,24 +125,24 @@ int Block::alive_in_warp(int warp) const {
   return count;
 }
 
-void* Block::meet(const char* name, void* operands, const std::function<void(void* (&)[kWarp])>& compute) {
+void Block::meet(const char* name, void* operands, size_t bytes,
+                 const std::function<void(void* (&)[kWarp])>& compute) {
   const int warp = current_ / kWarp;
   Meeting& meeting = meetings_[warp];
-  if (meeting.count && std::strcmp(meeting.name, name)) {
+  if (meeting.count && (std::strcmp(meeting.name, name) || meeting.bytes != bytes)) {
     fail("lanes of a warp part: one is in " + std::string(meeting.name) + ", another in " + name);
   }
-  meeting.name = name;
+  meeting.name = name, meeting.bytes = bytes;
   meeting.operands[lane()] = operands;
   if (++meeting.count < alive_in_warp(warp)) {
     in_meeting_[warp].push_back(current_);
     pause();
-    return operands;
+    return;
   }
   compute(meeting.operands);
   dismiss(warp);
   ready_.push_back(current_);  // any lane may be the first to go on
   pause();
-  return operands;
 }
 
 void Block::dismiss(int warp) {

@@ -2,8 +2,9 @@
 //
 // What a GPU leaves open is drawn at random, so that a kernel that counts on more than CUDA promises gives wrong
 // numbers in some runs: which thread goes on, also within a warp; whether an asynchronous copy happens when it is asked
-// for or when it is waited for; the order of the blocks. Shared memory of dynamic size begins as NaN. Lanes of a warp that meet in
-// different instructions, and threads that wait for ever, end the launch with an error.
+// for or when it is waited for; the order of the blocks. Shared memory of dynamic size begins as NaN. Lanes of a warp
+// that meet in instructions of different names or operands, and threads that wait for ever, end the launch with an
+// error.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -36,6 +37,7 @@ struct Copy {
 // A meeting of the lanes of a warp: each brings its operands, the last to come computes for all.
 struct Meeting {
   const char* name = nullptr;
+  size_t bytes = 0;  // of the operands
   int count = 0;
   void* operands[kWarp] = {};
 };
@@ -65,7 +67,7 @@ class Block {
   // Called in a fiber.
   Fiber& fiber() { return *fibers_[current_]; }
   int lane() const { return current_ % kWarp; }
-  void* meet(const char* name, void* operands, const std::function<void(void* (&)[kWarp])>& compute);
+  void meet(const char* name, void* operands, size_t bytes, const std::function<void(void* (&)[kWarp])>& compute);
   void wait(int barrier, int threads);
   bool toss() { return random_() & 1; }
   [[noreturn]] void fail(const std::string& what);
@@ -90,7 +92,6 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   int current_ = -1, alive_ = 0;
   jmp_buf scheduler_;
-  ucontext_t main_;
   std::string error_;
   std::mt19937 random_;
 };
@@ -112,7 +113,7 @@ struct Launch {
 // Numbers of all lanes of the warp, computed when all have come.
 template <typename Operands, typename Compute>
 void meet(const char* name, Operands& operands, Compute&& compute) {
-  block().meet(name, &operands, [&](void* (&all)[kWarp]) {
+  block().meet(name, &operands, sizeof(Operands), [&](void* (&all)[kWarp]) {
     Operands* lanes[kWarp];
     for (int i = 0; i < kWarp; ++i) lanes[i] = static_cast<Operands*>(all[i]);
     compute(lanes);
@@ -130,7 +131,9 @@ T exchange(const char* name, T value, int from) {
   Exchange<T> operands{value, value, from};
   meet(name, operands, [](Exchange<T>* (&lanes)[kWarp]) {
     for (Exchange<T>* lane : lanes) {
-      if (lane && lane->from >= 0 && lane->from < kWarp) lane->take = lanes[lane->from]->give;
+      if (!lane || lane->from < 0 || lane->from >= kWarp) continue;
+      if (!lanes[lane->from]) block().fail("a lane asks for the number of one that has ended");
+      lane->take = lanes[lane->from]->give;
     }
   });
   return operands.take;

@@ -12,7 +12,9 @@ inline float exp2_approx(float x) { return flush(exp2f(flush(x))); }
 inline float log2_approx(float x) { return log2f(flush(x)); }
 inline float reciprocal_approx(float x) { return flush(1.f / flush(x)); }
 
-inline float round_tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu); }
+inline float round_tf32(float x) {
+  return std::isnan(x) ? x : __uint_as_float((__float_as_uint(x) + 0x1000u) & ~0x1fffu);
+}
 inline float cut_tf32(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 
 // ---- tensor cores ----

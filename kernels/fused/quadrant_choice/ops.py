@@ -11,9 +11,9 @@ from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.launch import check_half_or_single, triton_kernels
 from quadmamba.kernels.fused.quadrant_choice.reference import (
     check_choice,
-    one_hot,
+    choose,
+    mean_scores,
     quadrant_choice_grad_ref,
-    soft_choice,
 )
 
 
@@ -23,10 +23,11 @@ def quadrant_choice(
     """One-hot choice (b, 4) of a quadrant, with the gradient of the softmax (paper Eq. 8 and 9).
 
     score: (b, ...) of l tokens, float32. pool: (l) integer, the quadrant 0 to 3 for which a token's
-    score counts; count: (4) float32, their numbers of tokens; one without tokens is never chosen.
-    The largest of softmax((mean score - log noise) / tau) is chosen, the first where
-    several are; noise: (b, 4), of the exponential distribution for a Gumbel-softmax sample, or
-    None. Backward keeps the softmax alone. Runs are bit-equal.
+    score counts; count: (4) float32, how many tokens count for each; one without any is never
+    chosen. The largest of mean score - log noise is chosen, the first where several are, and the
+    gradient is that of softmax((mean score - log noise) / tau); noise: (b, 4), of the exponential
+    distribution for a Gumbel-softmax sample, or None. Backward keeps the softmax alone. Runs are
+    bit-equal.
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError on CUDA without Triton.
     """
     check_choice(score, pool, count, noise, tau)
@@ -47,8 +48,7 @@ def _choice(
 def _choice_cpu(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor]:
-    soft = soft_choice(score, pool, count, noise, tau)
-    return one_hot(soft), soft
+    return choose(mean_scores(score, pool, count), noise, tau)
 
 
 @_choice.register_fake

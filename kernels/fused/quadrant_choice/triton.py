@@ -46,11 +46,10 @@ def _forward_kernel(
     logit = total / tl.maximum(tokens, 1.0)
     if NOISE:
         logit -= tl.log(tl.load(noise + image * 4 + i))
-    logit = tl.where(tokens > 0, logit / tau, float("-inf"))
-    weight = tl.exp(logit - tl.max(logit, 0))
-    share = weight / tl.sum(weight, 0)
-    best = tl.min(tl.where(share == tl.max(share, 0), i, 3), 0)
-    tl.store(soft + image * 4 + i, share)
+    logit = tl.where(tokens > 0, logit, float("-inf"))
+    best = tl.min(tl.where(logit == tl.max(logit, 0), i, 4), 0) % 4
+    weight = tl.exp((logit - tl.max(logit, 0)) / tau)
+    tl.store(soft + image * 4 + i, weight / tl.sum(weight, 0))
     tl.store(choice + image * 4 + i, tl.where(i == best, 1.0, 0.0))
 
 

@@ -22,7 +22,7 @@ namespace scan::route::lane {
 constexpr int kRows = 16;       // positions of a chunk
 constexpr int kMaxGroup = 3;    // strips of a block
 constexpr int kMaxRelay = 2;    // warps that take turns at a strip's chunks
-constexpr int kMinSpan = 8;     // chunks of a segment, at least
+constexpr int kMinSpan = 8;     // chunks of a segment, about, at least
 constexpr int kMaxTiles = 6;    // of 8 ranks
 constexpr int kSumTiles = 2;    // up to so many the gradient of dt_weight is summed here, else dz is written for it
 
@@ -123,7 +123,7 @@ struct Walk {
 
 // A chunk of a route; `index` counts the chunks in the order of the walk, forwards also in the backward pass.
 struct Step {
-  int pair, index, number;  // the pair of routes; the chunk; the how manieth step
+  int pair, index, number;  // the pair of routes; the chunk; how many steps came before
 };
 
 // Warps: directions, then strips, then turns.

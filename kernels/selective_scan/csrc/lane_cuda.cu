@@ -39,11 +39,11 @@ void set_warps(lane::Params& p, const Inputs& in, int most, int64_t bytes) {
   p.slabs = p.strips / p.group;
 }
 
-// Cuts a long table where that leaves no more than twelve warps to a multiprocessor: a block of the most strips, whose
-// registers fill it, so that all blocks run at once.
+// Cuts a long table as far as all blocks still run at once. The registers of the largest block fill a multiprocessor.
 void set_segments(lane::Params& p, const Inputs& in) {
   p.slots = ceil_div(p.l, lane::kRows);
-  const int64_t warps = int64_t{2} * p.b * p.strips * p.relay, fitting = 12 * sm_count(in.x, kOp) / warps;
+  const int at_once = std::max(1, lane::kMaxGroup * lane::kMaxRelay / (p.group * p.relay));
+  const int64_t fitting = int64_t{at_once} * sm_count(in.x, kOp) / (int64_t{p.b} * p.slabs);
   const int64_t cuts = std::clamp<int64_t>(fitting, 1, std::max(1, p.slots / lane::kMinSpan));
   p.chunks = ceil_div(ceil_div(p.slots, cuts), p.relay) * p.relay;
   p.segments = ceil_div(p.slots, p.chunks);
