@@ -34,6 +34,7 @@ from quadmamba.utils.distributed import (
     World,
     choose_device,
     join,
+    run_and_leave,
     world_from_env,
 )
 from quadmamba.utils.graph_stepper import stepper_kind
@@ -346,4 +347,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

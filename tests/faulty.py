@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from quadmamba.main import main
+from quadmamba.utils.distributed import run_and_leave
 from quadmamba.utils.stepper import Stepper
 from quadmamba.utils.watch import Watch
 
@@ -72,4 +73,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     split = sys.argv.index("--")
     install(dict(word.split("=", 1) for word in sys.argv[1:split]))
-    sys.exit(main(sys.argv[split + 1 :]))
+    run_and_leave(lambda: main(sys.argv[split + 1 :]))

@@ -6,13 +6,17 @@ size come from the environment. NCCL on GPUs, gloo on CPUs.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import sys
+import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,8 @@ from quadmamba.utils.meeting import fresh_part
 from quadmamba.utils.watch import CRASH, USER_ERROR, Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
+_MARKS = ("RANK", "SLURM_STEP_NUM_TASKS")  # variables of a launcher
+_stores: list[dist.Store] = []  # of this process; rank 0's has a server in it, a thread of C++
 
 
 class DeviceError(RuntimeError):
@@ -98,16 +104,16 @@ def world_from_env(env: Mapping[str, str] = os.environ) -> World:
 
     Raises DeviceError where a variable is missing or is not a number.
     """
-    names = {
-        "RANK": ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-        "SLURM_STEP_NUM_TASKS": (
+    names = (
+        ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
+        (
             "SLURM_PROCID",
             "SLURM_LOCALID",
             "SLURM_STEP_TASKS_PER_NODE",
             "SLURM_STEP_NUM_TASKS",
         ),
-    }
-    for mark, variables in names.items():
+    )
+    for mark, variables in zip(_MARKS, names):
         if mark in env:
             rank, local_rank, local_size, size = (_number(env, name) for name in variables)
             return World(rank, local_rank, local_size, size, launched=True)
@@ -194,6 +200,30 @@ def join(
         watch.stop()
 
 
+def run_and_leave(program: Callable[[], int]) -> NoReturn:
+    """Run `program` and end the process with the exit code that it returns.
+
+    A launched process does all but take the interpreter down: threads of the store and of the group
+    may still run in C++ there, and end it by an abort ("terminate called without an active
+    exception") when all has been done and said.
+    """
+    if not any(mark in os.environ for mark in _MARKS):
+        sys.exit(program())
+    code = CRASH
+    try:
+        code = program()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else CRASH
+    finally:
+        if sys.exc_info()[1] is not None:
+            sys.excepthook(*sys.exc_info())
+        threading._shutdown()  # a checkpoint that is being written is written to its end
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _tell(watch: Watch, world: World, text: str, code: int) -> None:
     """Report an error of this rank, and leave the others."""
     watch.report(f"rank {world.rank} failed\n{text}", code)
@@ -215,6 +245,7 @@ def _enter(world: World, timeout: float) -> dist.Store:
         job, step = (int(os.environ.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
         os.environ.setdefault("MASTER_PORT", str(20000 + (job + 97 * step) % 10000))
     store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
+    _stores.append(store)
     store = fresh_part(store, rank, size, timeout=timeout)
     on_gpu = world.device.type == "cuda"
     dist.init_process_group(
