@@ -1,6 +1,6 @@
 """Host time of the model's ops: what Python, autograd and launches cost, whatever the kernels do.
 
-    python benchmarks/bench_host.py --csv host.csv
+    python -m benchmarks.bench_host --csv host.csv
 
 Inputs are tiny, so the device waits for the host. Each op is timed beside the PyTorch ops in its
 place: forward; forward and backward; and the same with the backward pass on the calling thread. The
@@ -10,7 +10,6 @@ launches of each are counted by the profiler, which also says how long one call 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_kernels import DTYPES, versions
+from benchmarks.tables import write_csv
 from quadmamba.kernels import fused
 from quadmamba.models.orders import build_order
 from quadmamba.models.ss2d import SS2D, QuadSS2D
@@ -126,14 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("bench_host: expected a CUDA GPU, found none")
     rows: list[Row] = []
+    common = {"dtype": args.dtype, **versions()}
     for name, (call, leaves) in cases(DTYPES[args.dtype]).items():
-        rows.append({"op": name, **measure(call, leaves), "dtype": args.dtype, **versions()})
+        rows.append({"op": name, **measure(call, leaves), **common})
         print(*(f"{v:.1f}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows, list(rows[0]))
 
 
 if __name__ == "__main__":

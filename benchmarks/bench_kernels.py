@@ -1,6 +1,6 @@
 """Time the kernels and the whole mixer on a GPU, against the reference and the official sequence.
 
-    python benchmarks/bench_kernels.py --what op scan gather --csv benchmarks/kernels.csv
+    python -m benchmarks.bench_kernels --what op scan gather --csv benchmarks/kernels.csv
 
 Providers: `ours`, `reference` (the PyTorch definition), `official` (its operations restated by us,
 with our scan kernel in place of its own). Medians of CUDA-event timings; bytes are the fewest that
@@ -10,7 +10,6 @@ the operation must read and write; the copy they are compared with is measured i
 from __future__ import annotations
 
 import argparse
-import csv
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.official import OfficialMixer
 from benchmarks.plain import PlainMixer
+from benchmarks.tables import write_csv
 from quadmamba.configs import load_cfg
 from quadmamba.kernels import selective_scan as ss
 from quadmamba.kernels.quadtree_gather import (
@@ -209,10 +209,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append({**common, **row, **speed})
             print(show(rows[-1]), flush=True)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import cProfile
-import csv
 import platform
 import pstats
 import random
@@ -34,6 +33,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import ImageDataset, create_loader
 from yacs.config import CfgNode
 
+from benchmarks.tables import write_csv
 from quadmamba.configs import load_cfg
 from quadmamba.data import build_loaders
 from quadmamba.data.augment import keep_a_bit
@@ -213,10 +213,7 @@ def main(argv: list[str] | None = None) -> int:
             print(*(f"{v:.0f}" if isinstance(v, float) else v for v in row.values()), flush=True)
     summarise(rows)
     if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows, list(rows[0]))
     return 0
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from quadmamba.utils.distributed import DeviceError, World
 from quadmamba.utils.graphs import GraphedBackward
@@ -17,18 +18,9 @@ class GraphStepper(Stepper):
     stay outside. One process with a GPU: raises DeviceError for anything else.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: nn.Module,
-        *,
-        world: World,
-        **settings: object,
-    ) -> None:
+    def __init__(self, *parts: Any, world: World, **settings: Any) -> None:
         _check(world)
-        settings["compile_mode"] = "off"
-        super().__init__(model, optimizer, criterion, world=world, **settings)
+        super().__init__(*parts, world=world, **{**settings, "compile_mode": "off"})
         self._graphed: dict[int, GraphedBackward] = {}  # by the number of parts
 
     def backward(self, images: Tensor, targets: Tensor, *, parts: int, last: bool) -> Tensor:

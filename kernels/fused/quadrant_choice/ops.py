@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from quadmamba.kernels.dispatch import triton_op
@@ -55,8 +54,7 @@ def _choice_cpu(
 def _choice_fake(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(score.dtype, torch.float32)
-    return tuple(score.new_empty((score.shape[0], 4), dtype=dtype) for _ in range(2))
+    return tuple(score.new_empty((score.shape[0], 4)) for _ in range(2))
 
 
 @triton_op("quadmamba::quadrant_choice_backward")
@@ -82,7 +80,7 @@ def _choice_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     score, pool, count, _, ctx.tau = inputs
-    ctx.shape, ctx.dtype = score.shape, score.dtype
+    ctx.shape = score.shape
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], pool, count)
@@ -92,7 +90,7 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_soft: None) -> tuple[Tensor | 
     if grad is None:
         return (None,) * 5
     grad_score = _choice_backward(grad, *ctx.saved_tensors, ctx.tau)
-    return grad_score.view(ctx.shape).to(ctx.dtype), None, None, None, None
+    return grad_score.view(ctx.shape), None, None, None, None
 
 
 _choice.register_autograd(_autograd, setup_context=_save)
