@@ -1,6 +1,6 @@
 """Train the rows of a table on cluttered digits with several seeds, and write what came out.
 
-    python tools/make_digits.py datasets/cluttered --cluttered --train 6000 --val 1440
+    python tools/make_digits.py datasets/cluttered --cluttered --train 24000 --val 1440 --strokes 4
     python tools/ablate.py order --data datasets/cluttered --output output/ablation --jobs 15
 
 Tables: order, windows (the paper's Table 4), partition (5), layers (Fig. 5), depths (6), selection

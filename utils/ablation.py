@@ -120,8 +120,8 @@ def plot(path: Path, title: str, results: Sequence[Result]) -> None:
 
 
 def _frame(low: float, high: float) -> tuple[float, float]:
-    """Ends of the axis: five whole steps of 1, 2, 4, 10 or 20 around the values."""
-    for step in (1, 2, 4, 10, 20):
+    """Ends of the axis: five steps of 0.2, 0.5, 1, 2, 4, 10 or 20 around the values."""
+    for step in (0.2, 0.5, 1, 2, 4, 10, 20):
         first = step * (low // step)
         if first + 5 * step >= high:
             break
