@@ -134,8 +134,8 @@ _C.TRAIN.EMA_DECAY = 0.9999
 # Optimizer steps in a row with a loss or gradient that is not finite before the run stops. They are
 # skipped; with AMP fp16 a few of them are normal while the loss scale is found
 _C.TRAIN.MAX_BAD_STEPS = 10
-# How a step runs: off | graph (its passes as one CUDA graph: one process with a GPU), or as
-# torch.compile makes them: default | reduce-overhead | max-autotune
+# How a step runs: off | graph (its passes as one CUDA graph on each GPU, gradients averaged after
+# it), or as torch.compile makes them: default | reduce-overhead | max-autotune
 _C.TRAIN.COMPILE = "off"
 # Batch norms, where a model has any, take their statistics over all ranks (on GPUs only)
 _C.TRAIN.SYNC_BN = False

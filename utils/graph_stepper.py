@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadmamba.utils.distributed import DeviceError, World
+from quadmamba.utils.exchange import GradientMean, share_weights
 from quadmamba.utils.graphs import GraphedBackward
 from quadmamba.utils.stepper import Stepper
 
@@ -15,23 +17,42 @@ class GraphStepper(Stepper):
     """A `Stepper` that records the passes of a batch as a CUDA graph and replays them.
 
     Recorded for each shape of the batch on first use; clipping, optimizer, schedule and average
-    stay outside. One process with a GPU: raises DeviceError for anything else.
+    stay outside, and so does what ranks exchange: they start from the weights of rank 0, each
+    records the bare model, and the gradients are averaged after the last part of a step.
+    Raises DeviceError where there is no GPU.
     """
 
     def __init__(self, *parts: Any, world: World, **settings: Any) -> None:
         _check(world)
         super().__init__(*parts, world=world, **{**settings, "compile_mode": "off"})
         self._graphed: dict[int, GraphedBackward] = {}  # by the number of parts
+        self._average = GradientMean(self.model.parameters(), world)
 
     def backward(self, images: Tensor, targets: Tensor, *, parts: int, last: bool) -> Tensor:
-        """Add the gradient of one of `parts` batches; returns the loss."""
+        """Add the gradient of one of `parts` batches; ranks exchange theirs after the last one."""
         if parts not in self._graphed:
-
-            def eager(images: Tensor, targets: Tensor) -> Tensor:
-                return super(GraphStepper, self).backward(images, targets, parts=parts, last=last)
-
+            eager = partial(super().backward, parts=parts, last=last)
             self._graphed[parts] = GraphedBackward(eager, list(self.model.parameters()))
-        return self._graphed[parts](images, targets)
+        loss = self._graphed[parts](images, targets)
+        if last:
+            self._average()
+        return loss
+
+    def _connected(self) -> nn.Module:
+        """The bare model, with the weights of rank 0.
+
+        All ranks stop where its batch norms would exchange statistics, which no graph can hold.
+        """
+        if self.world.size > 1:
+            with self.world.together(DeviceError):
+                if any(isinstance(m, nn.SyncBatchNorm) for m in self.model.modules()):
+                    raise DeviceError(
+                        "TRAIN.SYNC_BN: expected False with TRAIN.COMPILE graph on several ranks, "
+                        "got a model whose batch norms take statistics over all of them; "
+                        "TRAIN.COMPILE off can do that"
+                    )
+        share_weights(self.model, self.world)
+        return self.model
 
 
 def stepper_kind(compile_mode: str, world: World) -> type[Stepper]:
@@ -44,9 +65,8 @@ def stepper_kind(compile_mode: str, world: World) -> type[Stepper]:
 
 
 def _check(world: World) -> None:
-    if world.launched or world.device.type != "cuda":
+    if world.device.type != "cuda":
         raise DeviceError(
-            "TRAIN.COMPILE graph: expected one process with a GPU and no launcher, got "
-            f"{world.size} on {world.device.type}{' from a launcher' * world.launched}; "
-            "TRAIN.COMPILE off runs everywhere"
+            f"TRAIN.COMPILE graph: expected a GPU for each process, got {world.size} on "
+            f"{world.device.type}; TRAIN.COMPILE off runs everywhere"
         )

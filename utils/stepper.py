@@ -79,18 +79,23 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=world.device.type == "cuda" and amp == "fp16"
         )
-        self.net: nn.Module | DistributedDataParallel = model
-        if world.launched:
-            self.net = DistributedDataParallel(
-                model,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                static_graph=accum == 1,  # it does not go with no_sync
-            )
+        self.accum = accum
+        self.net = self._connected()
         off = compile_mode == "off"
         self.call = self.net if off else torch.compile(self.net, mode=compile_mode)
         self.ema = ModelEmaV3(model, decay=ema_decay) if ema_decay else None
+
+    def _connected(self) -> nn.Module:
+        """The model with the weights of rank 0 as steps call it, which exchanges gradients."""
+        if not self.world.launched:
+            return self.model
+        return DistributedDataParallel(
+            self.model,
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=self.accum == 1,  # it does not go with no_sync
+        )
 
     def backward(self, images: Tensor, targets: Tensor, *, parts: int, last: bool) -> Tensor:
         """Add the gradient of one of `parts` batches; ranks exchange theirs with the last one.
