@@ -22,7 +22,7 @@ namespace scan::route::lane {
 constexpr int kRows = 16;       // positions of a chunk
 constexpr int kMaxGroup = 3;    // strips of a block
 constexpr int kMaxRelay = 2;    // warps that take turns at a strip's chunks
-constexpr int kMinSpan = 8;     // chunks of a segment, about, at least
+constexpr int kMinSpan = 4;     // chunks of a segment, about, at least
 constexpr int kMaxTiles = 6;    // of 8 ranks
 constexpr int kSumTiles = 2;    // up to so many the gradient of dt_weight is summed here, else dz is written for it
 

@@ -1,7 +1,9 @@
 // The route scan with a lane for each channel or two: which inputs take it, allocation, how the work is split.
 #include "lane.cuh"
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 
 namespace scan::route {
 namespace {
@@ -27,30 +29,58 @@ Split make_split(const Sizes& s) {
   return {channels, ranks <= 2 ? ranks : ranks <= 4 ? 4 : lane::kMaxTiles};
 }
 
-// Strips of a block and warps that take turns at each: at most `most` strips, and no more warps of `bytes` of shared
-// memory than a block of this GPU holds. Two take turns where there are few warps for the GPU.
-void set_warps(lane::Params& p, const Inputs& in, int most, int64_t bytes) {
-  int limit = 0;
-  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, in.x.get_device_index()), kOp);
-  const int64_t warps = int64_t{2} * p.b * p.strips;
-  p.relay = warps <= 8 * sm_count(in.x, kOp) && 2 * lane::kMaxRelay * bytes <= limit ? lane::kMaxRelay : 1;
-  p.group = std::min(p.strips, most);
-  while (p.group > 1 && (p.strips % p.group || 2 * p.group * p.relay * bytes > limit)) --p.group;
-  p.slabs = p.strips / p.group;
+// What a pass costs beside its walk, as parts of it.
+struct Costs {
+  double probe, row;  // the pass before, where there are segments; a slab's row of dproj, for each column and channel
+};
+constexpr Costs kForward{0.6, 0.}, kBackward{0.15, 1.1};
+constexpr double kTurns = 0.075;  // the same, of warps that take turns
+// A multiprocessor with n warps takes as long for a step of them all as n + kIdle warps' steps would take without any
+// waiting: measured with 6 and 12 warps, forward and backward.
+constexpr double kIdle = 4.25;
+
+// Time of a pass, in steps of a warp without any waiting. at_once: blocks that a multiprocessor holds.
+double time_of(const lane::Params& p, const Costs& costs, int64_t at_once, int64_t multiprocessors) {
+  const int64_t blocks = ceil_div(int64_t{p.b} * p.segments * p.slabs, multiprocessors), warps = 2 * p.group * p.relay;
+  const int64_t rounds = blocks / at_once, rest = blocks % at_once;
+  const double of_step = rounds * (kIdle + at_once * warps) + (rest ? kIdle + rest * warps : 0.);
+  const double more = (p.relay > 1 ? kTurns : 0.) + (p.segments > 1 ? costs.probe : 0.) + costs.row * p.slabs * p.m / p.d;
+  return p.k / 2 * (p.chunks / p.relay) * of_step * (1. + more);
 }
 
-// Cuts a long table as far as all blocks still run at once. The registers of the largest block fill a multiprocessor.
-void set_segments(lane::Params& p, const Inputs& in) {
-  p.slots = ceil_div(p.l, lane::kRows);
-  const int at_once = std::max(1, lane::kMaxGroup * lane::kMaxRelay / (p.group * p.relay));
-  const int64_t fitting = int64_t{at_once} * sm_count(in.x, kOp) / (int64_t{p.b} * p.slabs);
-  const int64_t cuts = std::clamp<int64_t>(fitting, 1, std::max(1, p.slots / lane::kMinSpan));
-  p.chunks = ceil_div(ceil_div(p.slots, cuts), p.relay) * p.relay;
+void set_segments(lane::Params& p, int64_t count) {
+  p.chunks = ceil_div(ceil_div(p.slots, count), p.relay) * p.relay;
   p.segments = ceil_div(p.slots, p.chunks);
 }
 
+// Strips of a block, warps that take turns at each, and segments: of all splits whose blocks fit, the one of the least
+// time. A table is cut either not at all or as far as all blocks still run at once. bytes: shared memory of a warp.
+void set_split(lane::Params& p, const Inputs& in, const Costs& costs, int64_t bytes) {
+  constexpr int64_t kWarps = 2 * lane::kMaxGroup * lane::kMaxRelay;  // the registers of a multiprocessor hold so many
+  int limit = 0;
+  check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, in.x.get_device_index()), kOp);
+  const int64_t multiprocessors = sm_count(in.x, kOp);
+  p.slots = ceil_div(p.l, lane::kRows);
+  lane::Params best = p;
+  double least = INFINITY;
+  for (p.group = std::min(p.strips, lane::kMaxGroup); p.group > 0; --p.group) {
+    for (p.relay = 1; p.relay <= lane::kMaxRelay; ++p.relay) {
+      const int64_t warps = 2 * p.group * p.relay, at_once = std::min(kWarps / warps, limit / (warps * bytes));
+      if (p.strips % p.group || at_once == 0) continue;
+      p.slabs = p.strips / p.group;
+      const int64_t fitting = at_once * multiprocessors / (int64_t{p.b} * p.slabs);
+      for (const int64_t count : {int64_t{1}, std::clamp<int64_t>(fitting, 1, std::max(1, p.slots / lane::kMinSpan))}) {
+        set_segments(p, count);
+        const double time = time_of(p, costs, at_once, multiprocessors);
+        if (time < least) least = time, best = p;
+      }
+    }
+  }
+  p = best;
+}
+
 // `scratch` keeps the packed weights alive.
-lane::Params make_params(const Inputs& in, const Split& split, int most, int64_t bytes, Tensor& scratch) {
+lane::Params make_params(const Inputs& in, const Split& split, const Costs& costs, int64_t bytes, Tensor& scratch) {
   const auto& s = in.size;
   SCAN_CHECK(s.l * s.d <= INT32_MAX, kOp, "expected fewer than 2^31 numbers per image on CUDA, got ", s.l,
              " tokens of ", s.d, " channels");
@@ -58,8 +88,7 @@ lane::Params make_params(const Inputs& in, const Split& split, int most, int64_t
   const int width = 32 * split.channels, steps = (split.ranks + 1) / 2;
   p.b = s.b, p.l = s.l, p.d = s.d, p.k = s.k, p.r = s.r, p.m = s.m;
   p.strips = ceil_div(s.d, width);
-  set_warps(p, in, most, bytes);
-  set_segments(p, in);
+  set_split(p, in, costs, bytes);
   p.end_pair = p.k / 2;
   const int64_t blocks = s.b * p.segments * p.slabs;
   SCAN_CHECK(blocks <= INT32_MAX, kOp, "expected fewer than 2^31 blocks, got ", blocks, "; split the batch");
@@ -126,7 +155,7 @@ ForwardResult forward_lanes(const Inputs& given) {
   if (y.numel() == 0) return {y, states};
   const Split split = make_split(s);
   Tensor scratch;
-  lane::Params p = make_params(in, split, lane::kMaxGroup, lane::forward_bytes(split.channels, split.ranks), scratch);
+  lane::Params p = make_params(in, split, kForward, lane::forward_bytes(split.channels, split.ranks), scratch);
   p.y = data<void>(y);
   p.states = data<float>(states);
   const Segments segments = make_segments(p, in.x);
@@ -155,9 +184,7 @@ BackwardResult backward_lanes(const Inputs& given, const Tensor& dy, const Tenso
 
   const Split split = make_split(s);
   Tensor scratch, parts, dz;
-  // With the most ranks, smaller blocks: two of them fit into a multiprocessor's shared memory.
-  lane::Params p = make_params(in, split, split.ranks > 4 ? 2 : lane::kMaxGroup,
-                               lane::backward_bytes(split.channels, split.ranks), scratch);
+  lane::Params p = make_params(in, split, kBackward, lane::backward_bytes(split.channels, split.ranks), scratch);
   const bool writes_dz = split.ranks > lane::kSumTiles;
   const int64_t ranks = writes_dz ? 0 : s.r;
   p.columns = static_cast<int>(ranks + 3);
