@@ -21,6 +21,7 @@ PACKAGES = {
     "quadmamba.kernels.fused.mlp": "kernels/fused/mlp",
     "quadmamba.kernels.fused.predictor": "kernels/fused/predictor",
     "quadmamba.kernels.fused.quadrant_choice": "kernels/fused/quadrant_choice",
+    "quadmamba.kernels.nodes": "kernels/nodes",
     "quadmamba.data": "data",
     "quadmamba.utils": "utils",
 }

@@ -3,8 +3,9 @@
     python -m benchmarks.bench_host --csv host.csv
 
 Inputs are tiny, so the device waits for the host. Each op is timed beside the PyTorch ops in its
-place: forward; forward and backward; and the same with the backward pass on the calling thread. The
-launches of each are counted by the profiler, which also says how long one call of the driver takes.
+place, and each mixer and block beside its parts: forward without gradients; forward and backward;
+and the same with the backward pass on the calling thread. The launches of each are counted by the
+profiler, which also says how long one call of the driver takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench_kernels import DTYPES, versions
 from benchmarks.tables import write_csv
 from quadmamba.kernels import fused
+from quadmamba.models import plain
 from quadmamba.models.orders import build_order
+from quadmamba.models.quadmamba import Block
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
 SIDE, DIM = 8, 32
@@ -58,6 +61,21 @@ def under_autocast(call: Call, dtype: torch.dtype) -> Tensor:
     """The result of `call`, run as training does."""
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         return call()
+
+
+def by_parts(call: Call) -> Tensor:
+    """The result of `call` where no node runs."""
+    devices, plain.DEVICES = plain.DEVICES, set()
+    try:
+        return call()
+    finally:
+        plain.DEVICES = devices
+
+
+def through(block: Block, x: Tensor) -> Tensor:
+    """Both results of a block within a stage as one."""
+    total, (values, _) = block(x, (x, None), (None, None))
+    return total + values
 
 
 def cases(dtype: torch.dtype) -> dict[str, tuple[Call, list[Tensor]]]:
@@ -94,8 +112,13 @@ def cases(dtype: torch.dtype) -> dict[str, tuple[Call, list[Tensor]]]:
         "mixer, quadtree": QuadSS2D(DIM, order=build_order("quadtree")),
     }
     for name, mixer in mixers.items():
-        mixer.cuda().train()
-        found[name] = (lambda mixer=mixer: mixer(x), list(mixer.parameters()))
+        block = Block(DIM, op=mixer, mlp_ratio=4.0).cuda().train()
+        call, leaves = partial(mixer, x), list(mixer.parameters())
+        whole, all_leaves = partial(through, block, x), list(block.parameters())
+        found[name] = call, leaves
+        found[f"{name}, by parts"] = partial(by_parts, call), leaves
+        found[name.replace("mixer", "block")] = whole, all_leaves
+        found[f"{name.replace('mixer', 'block')}, by parts"] = partial(by_parts, whole), all_leaves
     for name, (call, leaves) in found.items():
         found[name] = partial(under_autocast, call, dtype), [x, *leaves]
     return found
@@ -110,7 +133,9 @@ def measure(call: Call, leaves: Sequence[Tensor]) -> Row:
         for tensor in leaves:
             tensor.grad = None
 
-    row: Row = {"forward_us": host_us(call), "both_us": host_us(both)}
+    with torch.no_grad():
+        row: Row = {"forward_us": host_us(call)}
+    row["both_us"] = host_us(both)
     with torch.autograd.set_multithreading_enabled(False):
         row["both_one_thread_us"] = host_us(both)
     row["launches"], row["launch_us"] = launches(both)

@@ -1,10 +1,11 @@
-"""Time the kernels and the whole mixer on a GPU, against the reference and the official sequence.
+"""Time the kernels, mixer and block on a GPU, against the reference and the official sequence.
 
-    python -m benchmarks.bench_kernels --what op scan gather --csv benchmarks/kernels.csv
+    python -m benchmarks.bench_kernels --what op block scan gather --csv benchmarks/kernels.csv
 
-Providers: `ours`, `reference` (the PyTorch definition), `official` (its operations restated by us,
-with our scan kernel in place of its own). Medians of CUDA-event timings; bytes are the fewest that
-the operation must read and write; the copy they are compared with is measured in the same run.
+Providers: `ours`, `graph` (the mixer as a CUDA graph, so that nothing waits for the host),
+`reference` (the PyTorch definition), `official` (its operations restated by us, with our scan
+kernel in place of its own). Medians of CUDA-event timings; bytes are the fewest that the operation
+must read and write; the copy they are compared with is measured in the same run.
 """
 
 from __future__ import annotations
@@ -33,11 +34,15 @@ from quadmamba.kernels.quadtree_gather import (
     invert_maps,
 )
 from quadmamba.models import build_model
+from quadmamba.models.layers import add
 from quadmamba.models.orders import QuadtreeOrder
+from quadmamba.models.quadmamba import Block
 from quadmamba.models.ss2d import SS2D
+from quadmamba.utils.graphs import GraphedBackward, GraphedCall
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PROVIDERS = ("ours", "graph", "reference", "official")
 Row = dict[str, object]
 
 
@@ -80,46 +85,88 @@ def time_directions(forward: Callable[[], Tensor], leaves: list[Tensor]) -> dict
     return ms
 
 
-def stages(names: list[str], batch: int) -> Iterator[tuple[str, int, SS2D, tuple[int, ...]]]:
-    """(model, stage, mixer, shape of its input) of every stage of the named configurations."""
+def stages(names: list[str], batch: int) -> Iterator[tuple[str, int, Block, tuple[int, ...]]]:
+    """(model, stage, block, shape of its input) of every stage of the named configurations."""
     for name in names:
         model = build_model(load_cfg(CONFIGS / f"{name}.yaml")).cuda()
         for i, blocks in enumerate(model.stages):
             side = 224 // model.strides[i]
-            yield name, i + 1, blocks[-1].op, (batch, side, side, model.out_channels[i])
+            yield name, i + 1, blocks[-1], (batch, side, side, model.out_channels[i])
 
 
-def autocast(mixer: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def autocast(mixer: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
     """Run `mixer` as training does."""
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         return mixer(x)
 
 
+def saved_gb(forward: Callable[[], Tensor]) -> float:
+    """What `forward` keeps for the backward pass beside its output, in 10^9 bytes."""
+    forward()
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    return (torch.cuda.memory_allocated() - before - y.nbytes) / 1e9
+
+
 def bench_op(args: argparse.Namespace) -> Iterator[Row]:
     """The whole mixer, in_proj to out_proj, in training mode under autocast."""
     dtype = DTYPES[args.dtype]
-    for name, stage, op, shape in stages(args.models, args.batch):
+    for name, stage, block, shape in stages(args.models, args.batch):
+        op = block.op.train()
         official = OfficialMixer(op, ss.selective_scan)
         mixers = {"ours": op, "reference": PlainMixer(op), "official": official}
         for provider in [p for p in args.providers if p in mixers]:
             x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
             forward = partial(autocast, mixers[provider].train(), x, dtype)
-            forward()
-            before = torch.cuda.memory_allocated()
-            y = forward()
-            saved = {"saved_gb": (torch.cuda.memory_allocated() - before - y.nbytes) / 1e9}
-            del y
+            saved = {"saved_gb": saved_gb(forward)}
             row = {"kernel": "op", "provider": provider, "model": name, "stage": stage, **saved}
             for direction, ms in time_directions(forward, [x, *op.parameters()]).items():
                 yield {**row, "direction": direction, "ms": ms}
+        if "graph" in args.providers:
+            x = torch.randn(shape, device="cuda", dtype=dtype)
+            row = {"kernel": "op", "provider": "graph", "model": name, "stage": stage}
+            for direction, ms in time_graphs(op, x, dtype).items():
+                yield {**row, "direction": direction, "ms": ms}
+
+
+def bench_block(args: argparse.Namespace) -> Iterator[Row]:
+    """The whole block and the sum that follows the last one of a stage, as `bench_op`."""
+    dtype = DTYPES[args.dtype]
+
+    def call(x: Tensor, branch: Tensor, block: Block) -> Tensor:
+        return add(*block(x, (branch, None), (None, None)))
+
+    for name, stage, block, shape in stages(args.models, args.batch):
+        x, branch = (
+            torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)
+        )
+        forward = partial(autocast, partial(call, branch=branch, block=block.train()), x, dtype)
+        row = {"kernel": "block", "provider": "ours", "model": name, "stage": stage}
+        row["saved_gb"] = saved_gb(forward)
+        for direction, ms in time_directions(forward, [x, branch, *block.parameters()]).items():
+            yield {**row, "direction": direction, "ms": ms}
+
+
+def time_graphs(mixer: SS2D, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Milliseconds of the forward pass, and of both, as CUDA graphs."""
+    grad = torch.randn_like(x)
+
+    def both(x: Tensor) -> Tensor:
+        y = autocast(mixer, x.detach().requires_grad_(), dtype)
+        y.backward(grad)
+        return y.detach()
+
+    forward = GraphedCall(partial(autocast, mixer, dtype=dtype))
+    graphs = {"forward": forward, "both": GraphedBackward(both, list(mixer.parameters()))}
+    return {direction: median_ms(partial(graph, x)) for direction, graph in graphs.items()}
 
 
 def bench_scan(args: argparse.Namespace) -> Iterator[Row]:
     """The standard selective scan in the layout (b, k·d, l)."""
     dtype = DTYPES[args.dtype]
     providers = {"ours": ss.selective_scan, "reference": ss.selective_scan_ref}
-    for name, stage, op, (b, h, w, _) in stages(args.models, args.batch):
-        k, d, n = op.ssm.A_log.shape
+    for name, stage, block, (b, h, w, _) in stages(args.models, args.batch):
+        k, d, n = block.op.ssm.A_log.shape
         wide = [torch.randn(b, k * d, h * w, device="cuda", dtype=dtype) for _ in range(2)]
         thin = [torch.randn(b, k, n, h * w, device="cuda", dtype=dtype) for _ in range(2)]
         A, D, bias = (torch.ones(k * d, *more, device="cuda") for more in ((n,), (), ()))
@@ -142,7 +189,8 @@ def bench_gather(args: argparse.Namespace) -> Iterator[Row]:
         "ours": {"gather_in": gather_in, "gather_out": gather_out},
         "reference": {"gather_in": gather_in_ref, "gather_out": gather_out_ref},
     }
-    for name, stage, op, (b, h, w, _) in stages(args.models, args.batch):
+    for name, stage, block, (b, h, w, _) in stages(args.models, args.batch):
+        op = block.op
         if not isinstance(op.order, QuadtreeOrder):
             continue
         maps = op.order.maps(h, w, op.shift(h, w), torch.device("cuda"))
@@ -179,7 +227,7 @@ def versions() -> Row:
     }
 
 
-BENCHES = {"op": bench_op, "scan": bench_scan, "gather": bench_gather}
+BENCHES = {"op": bench_op, "block": bench_block, "scan": bench_scan, "gather": bench_gather}
 COLUMNS = [
     *("kernel", "provider", "model", "stage", "direction", "dtype", "batch", "ms", "bytes"),
     *("tb_per_s", "of_copy", "saved_gb", "gpu", "driver", "torch", "triton", "cuda"),
@@ -190,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: print one line a measurement, and write all of them as CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--what", nargs="+", choices=BENCHES, default=list(BENCHES))
-    parser.add_argument("--providers", nargs="+", default=["ours", "reference", "official"])
+    parser.add_argument("--providers", nargs="+", default=PROVIDERS)
     parser.add_argument("--models", nargs="+", default=["quadmamba_small"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--batch", type=int, default=128)

@@ -162,6 +162,7 @@ def free() -> None:
     """Give back the memory of what is no longer used, that of graphs included."""
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # cuBLAS keeps one for each stream that recorded
         torch.cuda.empty_cache()
 
 

@@ -11,7 +11,9 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from quadmamba.kernels import nodes
 from quadmamba.kernels.fused import cast_together
+from quadmamba.kernels.fused.launch import compute_dtype
 from quadmamba.models.layers import (
     AddNorm,
     Branch,
@@ -24,7 +26,8 @@ from quadmamba.models.layers import (
     tag_rest,
 )
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ScanOrder, build_order
-from quadmamba.models.ss2d import SS2D, QuadSS2D
+from quadmamba.models.plain import fits, own, plain_parts, takes_node
+from quadmamba.models.ss2d import PARTS, SS2D, QuadSS2D
 
 
 class Block(nn.Module):
@@ -45,15 +48,46 @@ class Block(nn.Module):
         self, x: Tensor, branch: Branch | None, scales: Sequence[Tensor | None]
     ) -> tuple[Tensor, Branch]:
         """The stream and the branch to be added to it; scales: drop path of mixer and MLP."""
+        if takes_node(x) and plain_parts(self) in BLOCK_PARTS:
+            whole = self._as_node(x, branch, scales)
+            if whole is not None:
+                return whole
         x, normed = self.norm(x, branch)
         x, normed = self.norm2(x, (self.op(normed), scales[0]))
         return x, (self.mlp(normed), scales[1])
 
+    def _as_node(
+        self, x: Tensor, branch: Branch | None, scales: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Branch] | None:
+        """`forward` as one node, or None where it can be none."""
+        values, scale = branch if branch is not None else (None, None)
+        dtype, plan, weights = compute_dtype(x), self.op.plan(x), self.weights()
+        given = [values, scale, scales[0]]
+        if plan is None or not fits(x, given, weights):
+            return None
+        if values is not None and (values.dtype != dtype or values.shape != x.shape):
+            return None
+        if any(factor is not None and factor.shape != x.shape[:1] for factor in given[1:]):
+            return None
+        block = nodes.Block(plan, dtype, self.norm.eps, self.norm2.eps)
+        inputs = [x, *given, *weights[:8], self.op.chosen(x), *weights[8:]]
+        x, values = nodes.run(block, inputs)
+        return x, (values, scales[1])
+
+    def weights(self) -> list[Tensor | None]:
+        """All parameters, as a node takes them; see `nodes.Block`."""
+        norm, op, norm2, mlp = self._modules.values()
+        layers = norm, norm2, *mlp._modules.values()
+        return [*(param for part in layers for param in own(part, "weight", "bias")), *op.weights()]
+
     def matrices(self) -> list[Tensor]:
         """The parameters that a step in half precision wants in half precision."""
-        layers = (self.op.in_proj, self.op.out_proj, self.mlp.fc1, self.mlp.fc2)
-        biases = (self.mlp.fc1.bias, self.mlp.fc2.bias)
-        return [self.op.ssm.x_proj_weight, *(layer.weight for layer in layers), *biases]
+        op, mlp = self.op._modules, self.mlp._modules
+        scan = own(op["ssm"], "x_proj_weight")
+        ends = *own(op["in_proj"], "weight"), *own(op["out_proj"], "weight")
+        layers = (own(layer, "weight", "bias") for layer in (mlp["fc1"], mlp["fc2"]))
+        found = *scan, *ends, *(param for layer in layers for param in layer)
+        return [param for param in found if param is not None]
 
 
 class QuadMamba(nn.Module):
@@ -171,13 +205,21 @@ class QuadMamba(nn.Module):
         if not (self.training and self.drop_path):
             return [(None, None)] * len(self.keep)
         kept = torch.rand(len(self.keep), 2, batch, device=self.keep.device) < self.keep
-        scales = kept / self.keep.clamp(min=1e-6)  # (blocks, 2, b)
-        return [pair.unbind() for pair in scales.unbind()]
+        scales = (kept / self.keep.clamp(min=1e-6)).flatten(0, 1).unbind()  # each (b)
+        return list(zip(scales[::2], scales[1::2]))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this module."""
         shown = ("num_classes", "drop_path", "use_checkpoint")
         return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+
+# Types of the parts of a block that can be one node, at all depths, in order
+BLOCK_PARTS = {
+    (AddNorm, op, *parts, AddNorm, Mlp, nn.Linear, nn.Linear)
+    for op, kinds in PARTS.items()
+    for parts in kinds
+}
 
 
 def _build_mixer(dim: int, order: ScanOrder, mixer: dict[str, Any], quad: dict[str, Any]) -> SS2D:

@@ -39,11 +39,24 @@ class QuadPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_fused(x):
-            layers = [*self.embed[:2], *self.score[::2]]
+            layers = self.layers()
             return predictor_score(x, [p for layer in layers for p in (layer.weight, layer.bias)])
         logits = self.score(self.embed(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1)[..., 0]
+
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The norm and the four linear layers."""
+        norm, first, _ = self.embed
+        second, _, third, _, last = self.score
+        return norm, first, second, third, last
+
+
+# Types of the parts of a `QuadPredictor` at all depths, in order
+PREDICTOR_PARTS = (
+    *(nn.Sequential, LayerNorm, nn.Linear, nn.GELU),
+    *(nn.Sequential, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear),
+)
 
 
 def quadrant_logits(score: Tensor, maps: QuadMaps) -> Tensor:
@@ -61,7 +74,8 @@ def select_quadrant(logits: Tensor, tau: float, training: bool, gumbel: bool = T
     generator: exactly one-hot, with the gradient of the soft sample. Without `gumbel` the same
     without noise. Otherwise: argmax, without noise.
     """
-    hard, soft = choose(logits, _noise(logits, training and gumbel), tau)
+    noise = draw_noise(logits, logits.dtype) if training and gumbel else None
+    hard, soft = choose(logits, noise, tau)
     return straight_through(hard, soft) if training else hard
 
 
@@ -72,12 +86,16 @@ def choose_quadrant(
     if not is_fused(score):
         return select_quadrant(quadrant_logits(score, maps), tau, training, gumbel)
     score = score if training else score.detach()
-    return quadrant_choice(score, maps.pool, maps.count, _noise(score, training and gumbel), tau)
+    noise = draw_noise(score, score.dtype) if training and gumbel else None
+    return quadrant_choice(score, maps.pool, maps.count, noise, tau)
 
 
-def _noise(like: Tensor, wanted: bool) -> Tensor | None:
-    """A draw (b, 4) of the exponential distribution: its negative logarithm is Gumbel noise."""
-    return like.new_empty((len(like), 4)).exponential_() if wanted else None
+def draw_noise(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A draw (b, 4) of the exponential distribution for b images x, from torch's global generator.
+
+    Its negative logarithm is Gumbel noise.
+    """
+    return x.new_empty((len(x), 4), dtype=dtype).exponential_()
 
 
 def first_quadrant(batch: int, device: torch.device) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.fused import linear
+from quadmamba.kernels.fused.launch import compute_dtype
+from quadmamba.kernels.nodes import Mixer, Quadrants, run
 from quadmamba.kernels.quadtree_scan import quadtree_scan
 from quadmamba.models.layers import DepthwiseSiLU, LayerNorm, Linear, is_fused, tag
 from quadmamba.models.orders import (
@@ -27,9 +29,12 @@ from quadmamba.models.orders import (
     WindowOrder,
     cross_routes,
 )
+from quadmamba.models.plain import fits, own, plain_parts, takes_node
 from quadmamba.models.quadtree import (
+    PREDICTOR_PARTS,
     QuadPredictor,
     choose_quadrant,
+    draw_noise,
     first_quadrant,
     random_quadrant,
 )
@@ -127,9 +132,30 @@ class SS2D(nn.Module):
         self.out_proj = Linear(inner, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_node(x) and plain_parts(self) in PARTS.get(type(self), ()):
+            plan, weights = self.plan(x), self.weights()
+            if plan is not None and fits(x, (), weights):
+                return run(plan, [x.to(compute_dtype(x)), self.chosen(x), *weights])
         x = self.conv(self.in_proj(x))  # (b, h, w, d)
         y = self.scan(x).view(x.shape)
         return self.out_proj(self.out_norm(y))
+
+    def plan(self, x: Tensor) -> Mixer | None:
+        """What is fixed of the mixer on the grid of x, for a node; None where it has none."""
+        tables = self.order.tables(*x.shape[1:3], x.device)
+        reverse = sum(flag << i for i, flag in enumerate(self.reverse))
+        return Mixer(tables, cross_routes(x.device), reverse, None, self.out_norm.eps)
+
+    def chosen(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
+        """What a node is given beside x (b, h, w, dim) and the weights; see `Mixer`."""
+        return None
+
+    def weights(self) -> list[Tensor | None]:
+        """All parameters, as a node takes them; see `Mixer`."""
+        parts = self._modules
+        scan = own(parts["ssm"], "x_proj_weight", "dt_weight", "dt_bias", "A_log", "D")
+        ends = *own(parts["out_norm"], "weight", "bias"), *own(parts["out_proj"], "weight")
+        return [*own(parts["in_proj"], "weight"), *own(parts["conv"], "weight"), *scan, *ends]
 
     def scan(self, x: Tensor) -> Tensor:
         """Scan core: grid (b, h, w, d) -> tokens (b, h·w, d)."""
@@ -194,6 +220,26 @@ class QuadSS2D(SS2D):
         maps = self.order.maps(h, w, self.shift(h, w), score.device)
         return choose_quadrant(score, maps, self.tau, self.training, self.gumbel)
 
+    def plan(self, x: Tensor) -> Mixer | None:
+        h, w = x.shape[1:3]
+        maps = self.order.maps(h, w, self.shift(h, w), x.device)
+        if maps.tables is None:
+            return None
+        learns = self.training and self.predictor is not None
+        index = maps.fine, maps.coarse, maps.quadrant, maps.pool, maps.count
+        quadrants = Quadrants(*index, self.tau, learns)
+        return Mixer(maps.tables, None, 0b10, quadrants, self.out_norm.eps)
+
+    def chosen(self, x: Tensor) -> Tensor | None:
+        if self.predictor is None:
+            return self.select(x)
+        return draw_noise(x, torch.float32) if self.training and self.gumbel else None
+
+    def weights(self) -> list[Tensor | None]:
+        layers = self.predictor.layers() if self.predictor is not None else ()
+        learned = [param for layer in layers for param in own(layer, "weight", "bias")]
+        return [*super().weights(), *learned]
+
     def select(self, x: Tensor) -> Tensor:
         """The selected quadrant of the grids x (b, h, w, d), one-hot (b, 4)."""
         if self.predictor is not None:
@@ -214,3 +260,11 @@ class QuadSS2D(SS2D):
         """What `print(model)` shows of this module."""
         choice = f"selection={self.selection}, tau={self.tau}, gumbel={self.gumbel}"
         return f"{super().extra_repr()}, sign={self.sign}, {choice}"
+
+
+_PARTS = (Linear, DepthwiseSiLU, ScanParameters, LayerNorm, Linear)
+# Mixers that run as one node, and the types of their parts at all depths, in order
+PARTS: dict[type, tuple[tuple[type, ...], ...]] = {
+    SS2D: (_PARTS,),
+    QuadSS2D: (_PARTS, _PARTS + (QuadPredictor, *PREDICTOR_PARTS)),
+}

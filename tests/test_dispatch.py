@@ -114,31 +114,85 @@ def test_a_constant_among_the_arguments_counts_by_value():
     assert kernel.key((x, x, 64, 128), {}) != kernel.key((x, x, 64, 256), {})
 
 
-@needs_triton
-def test_a_second_launch_calls_the_compiled_kernel(monkeypatch):
+class Compiled:
+    """Stands for a compiled kernel: notes what it is launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *args):
+        self.launches.append(("run", *args))
+
+    def __getitem__(self, grid):
+        return lambda *args: self.launches.append(("hooked", grid, *args))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel of three tensors and a size whose launches are noted, and the compiled one."""
     from quadmamba.kernels.fused.mlp.triton import _gelu_kernel as kernel
 
-    launches = []
+    compiled = Compiled()
 
-    class Launches:
-        def __init__(self, name, result=None):
-            self.name, self.result = name, result
-
+    class Jitted:
         def __getitem__(self, grid):
             return partial(self.launch, grid)
 
-        def launch(self, grid, *args, **_):
-            launches.append((self.name, grid, args))
-            return self.result
+        def launch(self, grid, *args, **constants):
+            compiled.launches.append(("jit", grid, args, constants))
+            return compiled
 
-    compiled = Launches("compiled")
-    monkeypatch.setattr(kernel, "jitted", Launches("jit", compiled))
+    monkeypatch.setattr(kernel, "jitted", Jitted())
     monkeypatch.setattr(kernel, "_compiled", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    x = torch.zeros(64)
-    for size in (64, 128):
-        kernel[(3,)](x, x, size, BLOCK=256, num_warps=4)
-    assert launches[0][:2] == ("jit", (3,))
-    assert launches[1] == ("compiled", (3, 1, 1), (x, x, 128, 256))
-    kernel[(3,)](x, x, 7, BLOCK=256, num_warps=4)
-    assert launches[2][0] == "jit"
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    stream = lambda device: f"stream of {device}"  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
+    return kernel, compiled.launches
+
+
+@needs_triton
+def test_a_second_launch_calls_the_compiled_kernel(kernel):
+    (kernel, launches), (x, y) = kernel, torch.zeros(2, 64)
+    constants = {"BLOCK": 256, "num_warps": 4}
+    for size in (64, 128, 7):
+        kernel[(3,)](x, y, size, **constants)
+    assert launches[0] == ("jit", (3,), (x, y, 64), constants)
+    how = (3, 1, 1, "stream of 1", "function", "metadata", None, None, None)
+    assert launches[1] == ("run", *how, x.data_ptr(), y.data_ptr(), 128, 256)
+    assert launches[2][0] == "jit", "another kernel where 16 does not divide the size"
+
+
+@needs_triton
+def test_a_kernel_with_fixed_arguments_looks_at_the_others_alone(kernel):
+    (kernel, launches), (x, y) = kernel, torch.zeros(2, 64)
+    constants = {"size": 64, "BLOCK": 256, "num_warps": 4}
+    launch = kernel.fixed(**constants)
+    launch((3, 2), x, y)
+    launch((3, 2), y, x)
+    launch((3, 2), x, y[1:])
+    assert launches[0] == ("jit", (3, 2), (x, y), constants)
+    assert launches[1][:4] == ("run", 3, 2, 1)
+    assert launches[1][10:] == (y.data_ptr(), x.data_ptr(), 64, 256)
+    assert launches[2][0] == "jit", "another kernel where an address is not aligned"
+    kernel.fixed(**{**constants, "size": 7})((3, 2), x, y)
+    assert launches[3][0] == "jit"
+
+
+@needs_triton
+def test_hooks_of_triton_see_every_launch(kernel):
+    from triton import knobs
+
+    (kernel, launches), x = kernel, torch.zeros(64)
+
+    def hook(metadata):
+        del metadata
+
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        kernel[(3,)](x, x, 64, BLOCK=256, num_warps=4)
+        chain.add(hook)
+        kernel[(3,)](x, x, 64, BLOCK=256, num_warps=4)
+        chain.remove(hook)
+    assert [launch[0] for launch in launches] == ["jit", "hooked", "run", "hooked"]
+    assert launches[1] == ("hooked", (3, 1, 1), x, x, 64, 256)

@@ -128,7 +128,8 @@ def test_interpreted_predictor(rows, d, widest, monkeypatch):
 def test_triton_interpreter():
     """The Triton kernels on the CPU, in a process of its own: the switch is read at import."""
     pytest.importorskip("triton")
-    files = [__file__, str(Path(__file__).with_name("test_quadrant_choice.py"))]
+    others = ("test_quadrant_choice.py", "test_nodes.py")
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in others)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", "interpreted"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -56,10 +56,11 @@ def test_choice_and_gradient(shape, noisy, device):
 def test_interpreted_choice_and_gradient(shape, noisy):
     score, rest = make(shape, noisy)
     grad = torch.randn(shape[0], 4)
-    choice, soft = ops._choice.kernels["cuda"](score, *rest)
+    choice, soft, select = ops._choice.kernels["cuda"](score, *rest)
     found = ops._choice_backward.kernels["cuda"](grad, soft, *rest[:2], rest[3])
     truth = truth_of(score, rest, grad)
     assert torch.equal(choice, truth[0])
+    assert torch.equal(select, choice.argmax(1, keepdim=True).int())
     torch.testing.assert_close(found.view(shape), truth[1], rtol=1e-5, atol=1e-7)
 
 

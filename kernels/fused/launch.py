@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -12,6 +13,8 @@ from torch import Tensor
 MAX_PARTIALS = (
     132 * 16
 )  # rows of partial sums: enough to fill the largest GPUs, few enough to add up
+SIZES = 1024  # of tensors, for which a package keeps its launches ready
+_NOWHERE = nullcontext()
 
 
 @cache
@@ -30,9 +33,21 @@ def triton_kernels(package: str, module: str = "triton") -> ModuleType:
     return importlib.import_module(f"{package}.{module}")
 
 
+def device_of(x: Tensor) -> AbstractContextManager[None]:
+    """`torch.cuda.device_of(x)`, but nothing to enter where that is the current device already."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device_of(x)
+
+
 def ceil_div(a: int, b: int) -> int:
     """Number of blocks of b that cover a."""
     return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is n or more; Triton's own takes microseconds."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def check_half_or_single(op: str, *tensors: Tensor) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div
+from quadmamba.kernels.fused.launch import ceil_div, device_of
 
 BLOCK_L, SUMS_BLOCK_L, BLOCK_D, WARPS = 16, 32, 64, 4
 
@@ -116,7 +116,7 @@ def two_source(
     out = torch.empty_like(src)
     partial = src.new_empty((b, blocks, 4), dtype=torch.float32) if other is not None else None
     if src.numel():
-        with torch.cuda.device_of(src):
+        with device_of(src):
             _two_source_kernel[(b * blocks,)](
                 src, other, out, partial, decision.contiguous(),
                 first, second, quadrant, l, d, blocks,
@@ -141,7 +141,7 @@ def decision_grad(
     partial = values[0].new_empty((b, blocks, 4), dtype=torch.float32)
     if partial.numel():
         widths = tuple(v.shape[2] for v in values)
-        with torch.cuda.device_of(partial):
+        with device_of(partial):
             _decision_grad_kernel[(b * blocks,)](
                 tuple(values), tuple(gathered), widths, partial, choice, tables, fine, coarse,
                 quadrant, l, blocks,

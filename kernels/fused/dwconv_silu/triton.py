@@ -7,13 +7,17 @@ Triton takes two names of one value for a value that does not change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div
+from quadmamba.kernels.fused.jit import Kernel, jit
+from quadmamba.kernels.fused.launch import SIZES, ceil_div, device_of
 
 BLOCK_W = 8  # columns of a block
 ROWS, ADJOINT_ROWS = 28, 28  # most rows of a block
@@ -194,43 +198,57 @@ def _adjoint_kernel(
         tl.store(part + k, tl.sum(sums[k], 0)[None, :], mask=chans < d)
 
 
-def _grid(x: Tensor, most_rows: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
-    """Number of blocks; rows of a block and blocks in y, x and channels; the block's sides."""
-    b, h, w, d = x.shape
+class _Launch(NamedTuple):
+    """A kernel for one size, as a function of its tensors. parts: shares of the sum it leaves."""
+
+    kernel: Callable[..., None]
+    grid: tuple[int]
+    parts: int
+
+
+def _fix(
+    kernel: Kernel, shape: tuple[int, int, int, int], most_rows: int, **options: int
+) -> _Launch:
+    """For grids (b, h, w, d)."""
+    b, h, w, d = shape
     block_d = 64 if d % 64 == 0 else 32
     rows = ceil_div(h, ceil_div(h, most_rows))
-    blocks = (ceil_div(h, rows), ceil_div(w, BLOCK_W), ceil_div(d, block_d))
-    programs = b * blocks[0] * blocks[1] * blocks[2]
-    return programs, (rows, *blocks), {"BLOCK_W": BLOCK_W, "BLOCK_D": block_d}
+    blocks = ceil_div(h, rows), ceil_div(w, BLOCK_W), ceil_div(d, block_d)
+    sizes = {"h": h, "w": w, "d": d, "rows": rows}
+    sizes |= {f"blocks_{axis}": count for axis, count in zip("yxd", blocks)}
+    parts = b * blocks[0] * blocks[1]
+    fixed = kernel.fixed(**sizes, BLOCK_W=BLOCK_W, BLOCK_D=block_d, **options)
+    return _Launch(fixed, (parts * blocks[2],), parts)
 
 
-def _convolve(x: Tensor, weight: Tensor, grad: Tensor | None, warps: int) -> Tensor:
-    out = torch.empty_like(x)
-    programs, blocks, sides = _grid(x, ROWS)
-    with torch.cuda.device_of(x):
-        _conv_kernel[(programs,)](
-            x, weight, x if grad is None else grad, out, *x.shape[1:], *blocks,
-            GRAD=grad is not None, **sides, num_warps=warps,
-        )  # fmt: skip
-    return out
+@lru_cache(SIZES)
+def _launches(*shape: int) -> tuple[_Launch, _Launch, _Launch]:
+    """Forward, gradient of the convolution, its adjoint."""
+    return (
+        _fix(_conv_kernel, shape, ROWS, GRAD=False, num_warps=WARPS),
+        _fix(_conv_kernel, shape, ROWS, GRAD=True, num_warps=GRAD_WARPS),
+        _fix(_adjoint_kernel, shape, ADJOINT_ROWS, num_warps=ADJOINT_WARPS),
+    )
 
 
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """silu(convolution), (b, h, w, d) to (b, h, w, d), x and weight contiguous."""
-    return _convolve(x, weight, None, WARPS) if x.numel() else torch.empty_like(x)
+    out = torch.empty_like(x)
+    if x.numel():
+        kernel, grid, _ = _launches(*x.shape)[0]
+        with device_of(x):
+            kernel(grid, x, weight, x, out)
+    return out
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight; all contiguous. Partial sums add up in a fixed order."""
-    grad_x = torch.empty_like(x)
+    grad_x, inner = torch.empty_like(x), torch.empty_like(x)
     if not x.numel():
         return grad_x, torch.zeros_like(weight)
-    grad = _convolve(x, weight, grad, GRAD_WARPS)
-    programs, blocks, sides = _grid(x, ADJOINT_ROWS)
-    partial = x.new_empty((programs // blocks[3], x.shape[3], 9), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _adjoint_kernel[(programs,)](
-            grad, weight, x, grad_x, partial, *x.shape[1:], *blocks, **sides,
-            num_warps=ADJOINT_WARPS,
-        )  # fmt: skip
+    _, convolve, adjoint = _launches(*x.shape)
+    partial = x.new_empty((adjoint.parts, x.shape[3], 9), dtype=torch.float32)
+    with device_of(x):
+        convolve.kernel(convolve.grid, x, weight, grad, inner)
+        adjoint.kernel(adjoint.grid, inner, weight, x, grad_x, partial)
     return grad_x, partial.sum(0).view(weight.shape).to(weight.dtype)

@@ -5,13 +5,17 @@ Mean and deviation are computed anew in backward from the row that is read there
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import MAX_PARTIALS, ceil_div
+from quadmamba.kernels.fused.launch import MAX_PARTIALS, SIZES, ceil_div, device_of, power_of_2
 
 TILE, WARPS = 2048, 4  # elements of a program's tile
 GRAD_TILE, GRAD_WARPS = 512, 2
@@ -90,15 +94,32 @@ def _backward_kernel(
     tl.store(part + d, tl.sum(grad_shift, 0), mask=cols < d)
 
 
-def _sides(d: int, tile: int) -> dict[str, int]:
+class _Launch(NamedTuple):
+    """A kernel for one size, as a function of its tensors. grid: how many programs."""
+
+    kernel: Callable[..., None]
+    grid: tuple[int]
+
+
+@lru_cache(SIZES)
+def _launch(
+    rows: int, b: int, d: int, eps: float, add: bool, scale: bool, backward: bool
+) -> _Launch:
+    """For (rows, d), of b samples."""
     if d > MAX_D:
         raise ValueError(f"layer_norm: expected at most {MAX_D} channels on CUDA, got {d}")
-    block_d = triton.next_power_of_2(max(d, 1))
-    return {"BLOCK_R": max(1, tile // block_d), "BLOCK_D": block_d}
-
-
-def _warps(sides: dict[str, int], warps: int) -> int:
-    return warps if sides["BLOCK_R"] > 1 else min(16, max(warps, sides["BLOCK_D"] // 512))
+    tile, warps = (GRAD_TILE, GRAD_WARPS) if backward else (TILE, WARPS)
+    block_d = power_of_2(d)
+    block_r = max(1, tile // block_d)
+    warps = warps if block_r > 1 else min(16, max(warps, block_d // 512))
+    sizes = {"rows": rows, "per_sample": rows // max(b, 1), "d": d, "eps": eps}
+    sides = {"ADD": add, "SCALE": scale, "BLOCK_R": block_r, "BLOCK_D": block_d}
+    if not backward:
+        kernel = _forward_kernel.fixed(**sizes, **sides, num_warps=warps)
+        return _Launch(kernel, (ceil_div(rows, block_r),))
+    tiles = power_of_2(ceil_div(rows, block_r * MAX_PARTIALS))
+    kernel = _backward_kernel.fixed(**sizes, **sides, TILES=tiles, num_warps=warps)
+    return _Launch(kernel, (ceil_div(rows, block_r * tiles),))
 
 
 def forward(
@@ -114,18 +135,14 @@ def forward(
 
     x, residual: (b, ..., d). scale: (b). weight, bias: (d). All contiguous.
     """
-    d, sides = x.shape[-1], _sides(x.shape[-1], TILE)
+    d, size, scaled = x.shape[-1], x.numel(), scale is not None
+    rows = size // max(d, 1)
+    kernel, grid = _launch(rows, x.shape[0], d, eps, residual is not None, scaled, False)
     out = torch.empty_like(x, dtype=out_dtype)
     total = x if residual is None else torch.empty_like(residual)
-    if not x.numel():
-        return total, out
-    rows = x.numel() // d
-    with torch.cuda.device_of(x):
-        _forward_kernel[(ceil_div(rows, sides["BLOCK_R"]),)](
-            x, residual, scale, weight, bias, total, out, rows, rows // x.shape[0], d, eps,
-            ADD=residual is not None, SCALE=scale is not None, **sides,
-            num_warps=_warps(sides, WARPS),
-        )  # fmt: skip
+    if size:
+        with device_of(x):
+            kernel(grid, x, residual, scale, weight, bias, total, out)
     return total, out
 
 
@@ -143,20 +160,13 @@ def backward(
     grad, grad_total: gradients of the norm and of the total. Without `grad_total` there is no
     residual and its gradient is empty. All contiguous. Partial sums add up in a fixed order.
     """
-    d, sides = x.shape[-1], _sides(x.shape[-1], GRAD_TILE)
-    add = grad_total is not None
+    d, add, size = x.shape[-1], grad_total is not None, x.numel()
+    rows = size // max(d, 1)
+    kernel, grid = _launch(rows, x.shape[0], d, eps, add, scale is not None, True)
     grad_residual = torch.empty_like(x) if add else x.new_empty(0)
     grad_x = torch.empty_like(x, dtype=x_dtype)
-    rows = x.numel() // max(d, 1)
-    tiles = triton.next_power_of_2(ceil_div(rows, sides["BLOCK_R"] * MAX_PARTIALS) or 1)
-    programs = ceil_div(rows, sides["BLOCK_R"] * tiles)
-    partial = x.new_empty((programs, 2, d), dtype=torch.float32)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _backward_kernel[(programs,)](
-                grad, grad_total, x, scale, weight, grad_residual, grad_x, partial,
-                rows, rows // x.shape[0], d, eps,
-                ADD=add, SCALE=scale is not None, TILES=tiles, **sides,
-                num_warps=_warps(sides, GRAD_WARPS),
-            )  # fmt: skip
+    partial = x.new_empty((*grid, 2, d), dtype=torch.float32)
+    if size:
+        with device_of(x):
+            kernel(grid, grad, grad_total, x, scale, weight, grad_residual, grad_x, partial)
     return grad_residual, grad_x, partial.sum(0).to(weight.dtype)

@@ -6,13 +6,16 @@ Stegun, 7.1.26; error of erf below 1.5e-7): one exponential serves the value and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div
+from quadmamba.kernels.fused.launch import SIZES, ceil_div, device_of, power_of_2
 
 BLOCK, WARPS = 2048, 4  # elements of a program of the forward pass
 BLOCK_R, BLOCK_N, GRAD_WARPS = 16, 128, 4  # tile of the passes that sum over rows
@@ -69,30 +72,40 @@ def _rows_kernel(
     tl.store(part, tl.sum(total, 0), mask=cols < n)
 
 
+@lru_cache(SIZES)
+def _launch(size: int) -> tuple[Callable[..., None], tuple[int]]:
+    """The GELU of so many elements, as a function of its tensors, and its grid."""
+    return _gelu_kernel.fixed(size=size, BLOCK=BLOCK, num_warps=WARPS), (ceil_div(size, BLOCK),)
+
+
+@lru_cache(SIZES)
+def _launch_rows(rows: int, n: int, gelu: bool) -> tuple[Callable[..., None], tuple[int, int]]:
+    """The walk over (rows, n), and its grid, of which the first side is that of partial sums."""
+    blocks = ceil_div(n, BLOCK_N)
+    tiles = power_of_2(ceil_div(rows * blocks, BLOCK_R * PROGRAMS))
+    sides = {"TILES": tiles, "BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "num_warps": GRAD_WARPS}
+    kernel = _rows_kernel.fixed(rows=rows, n=n, GELU=gelu, **sides)
+    return kernel, (ceil_div(rows, BLOCK_R * tiles), blocks)
+
+
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU of contiguous x."""
-    out = torch.empty_like(x)
-    if x.numel():
-        with torch.cuda.device_of(x):
-            _gelu_kernel[(ceil_div(x.numel(), BLOCK),)](
-                x, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS
-            )
+    out, size = torch.empty_like(x), x.numel()
+    if size:
+        kernel, grid = _launch(size)
+        with device_of(x):
+            kernel(grid, x, out)
     return out
 
 
 def _walk_rows(grad: Tensor, hidden: Tensor | None, out: Tensor | None) -> Tensor:
     """Launch the kernel over (rows, n); the sums over rows (n), in float32 and a fixed order."""
     rows, n = grad.shape
-    blocks = ceil_div(n, BLOCK_N)
-    tiles = triton.next_power_of_2(max(1, ceil_div(rows * blocks, BLOCK_R * PROGRAMS)))
-    programs = ceil_div(rows, BLOCK_R * tiles)
-    partial = grad.new_empty((programs, n), dtype=torch.float32)
+    kernel, grid = _launch_rows(rows, n, hidden is not None)
+    partial = grad.new_empty((grid[0], n), dtype=torch.float32)
     if rows and n:
-        with torch.cuda.device_of(grad):
-            _rows_kernel[(programs, blocks)](
-                grad, hidden, out, partial, rows, n, GELU=hidden is not None, TILES=tiles,
-                BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N, num_warps=GRAD_WARPS,
-            )  # fmt: skip
+        with device_of(grad):
+            kernel(grid, grad, hidden, out, partial)
     return partial.sum(0)
 
 

@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import Kernel
-from quadmamba.kernels.fused.launch import ceil_div
+from quadmamba.kernels.fused.launch import ceil_div, device_of, power_of_2
 from quadmamba.kernels.fused.predictor.reference import empty_kept, widths
 from quadmamba.kernels.fused.predictor.triton import _fold_kernel, _unfold_kernel
 from quadmamba.kernels.fused.predictor.triton_chain import _backward_kernel, _forward_kernel
@@ -62,7 +61,7 @@ def forward(
     run = _forward_chain if x.shape[1] <= CHAIN_MAX_D else _forward_layers
     if not x.shape[0]:
         return x.new_empty(0, dtype=torch.float32), empty_kept(x, params) if keep else []
-    with torch.cuda.device_of(x):
+    with device_of(x):
         return run(x, [p.contiguous() for p in params], eps, keep)
 
 
@@ -73,7 +72,7 @@ def backward(
     if not x.shape[0]:
         return torch.empty_like(x), [torch.zeros_like(p) for p in params]
     run = _backward_chain if x.shape[1] <= CHAIN_MAX_D else _backward_layers
-    with torch.cuda.device_of(x):
+    with device_of(x):
         params = [p.contiguous() for p in params]
         grad_x, g, head = run(grad, x, kept, params)
         partial = _weight_grads(g, (x, *kept[:2]), kept[3])
@@ -107,8 +106,8 @@ def _parts(width: int, least: int) -> tuple[int, int, bool]:
 
     Each is at least `least`; where both are that, they become one part.
     """
-    largest = max(least, triton.next_power_of_2(width + 1) // 2)
-    rest = max(least, triton.next_power_of_2(max(width - largest, 1)))
+    largest = max(least, power_of_2(width + 1) // 2)
+    rest = max(least, power_of_2(max(width - largest, 1)))
     if largest == rest and width > largest:
         return 2 * largest, least, False
     return largest, rest, width > largest
@@ -119,9 +118,9 @@ def _chain_sides(backward: bool, d: int, d2: int, d4: int) -> dict[str, int | bo
     """Launch parameters of a kernel of the chain."""
     options = BACKWARD if backward else FORWARD
     (ka, kb, split), (da, db, split2) = _parts(d, 16), _parts(d2, 16)
-    block_n = min(options["BLOCK_N"], max(16, triton.next_power_of_2(d)))
+    block_n = min(options["BLOCK_N"], max(16, power_of_2(d)))
     sides = {"SPLIT": split or split2, "KA": ka, "KB": kb, "DA": da, "DB": db}
-    sides |= {"D4": max(16, triton.next_power_of_2(d4)), "CHUNKS": ceil_div(d, block_n)}
+    sides |= {"D4": max(16, power_of_2(d4)), "CHUNKS": ceil_div(d, block_n)}
     return {"d": d, "d2": d2, "d4": d4, **sides, **options, "BLOCK_N": block_n}
 
 
@@ -165,7 +164,7 @@ def _matrices(flat: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor, T
 
 def _row_sides(width: int) -> dict[str, int]:
     """Launch parameters of a kernel whose programs hold whole rows."""
-    block_d = triton.next_power_of_2(width)
+    block_d = power_of_2(width)
     return {"BLOCK_R": max(1, TILE // block_d), "BLOCK_D": block_d}
 
 

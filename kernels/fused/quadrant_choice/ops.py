@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quadmamba.kernels.dispatch import triton_op
@@ -36,7 +37,8 @@ def quadrant_choice(
 @triton_op("quadmamba::quadrant_choice")
 def _choice(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The choice, the softmax, and the number of the chosen quadrant (b, 1) int32."""
     check_half_or_single("quadrant_choice", score)
     noise = None if noise is None else noise.contiguous()
     kernels = triton_kernels(__package__)
@@ -46,15 +48,17 @@ def _choice(
 @_choice.register_kernel("cpu")
 def _choice_cpu(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor]:
-    return choose(mean_scores(score, pool, count), noise, tau)
+) -> tuple[Tensor, Tensor, Tensor]:
+    hard, soft = choose(mean_scores(score, pool, count), noise, tau)
+    return hard, soft, hard.argmax(1, keepdim=True).to(torch.int32)
 
 
 @_choice.register_fake
 def _choice_fake(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor]:
-    return tuple(score.new_empty((score.shape[0], 4)) for _ in range(2))
+) -> tuple[Tensor, Tensor, Tensor]:
+    choice, soft = (score.new_empty((score.shape[0], 4)) for _ in range(2))
+    return choice, soft, score.new_empty((score.shape[0], 1), dtype=torch.int32)
 
 
 @triton_op("quadmamba::quadrant_choice_backward")
@@ -78,15 +82,15 @@ def _choice_backward_fake(
     return soft.new_empty((soft.shape[0], pool.shape[0]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     score, pool, count, _, ctx.tau = inputs
     ctx.shape = score.shape
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[1], pool, count)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, grad_soft: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     grad_score = _choice_backward(grad, *ctx.saved_tensors, ctx.tau)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div
+from quadmamba.kernels.fused.launch import ceil_div, device_of
 
 BLOCK, WARPS = 1024, 4
 
@@ -23,7 +23,8 @@ def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor):
 @jit(do_not_specialize=["l"])
 def _forward_kernel(
     score: tl.tensor, pool: tl.tensor, count: tl.tensor, noise: tl.tensor, choice: tl.tensor,
-    soft: tl.tensor, l: tl.tensor, tau: tl.tensor, NOISE: tl.constexpr, BLOCK: tl.constexpr,
+    soft: tl.tensor, select: tl.tensor, l: tl.tensor, tau: tl.tensor, NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     a, b, c, d = (
@@ -51,6 +52,7 @@ def _forward_kernel(
     weight = tl.exp((logit - tl.max(logit, 0)) / tau)
     tl.store(soft + image * 4 + i, weight / tl.sum(weight, 0))
     tl.store(choice + image * 4 + i, tl.where(i == best, 1.0, 0.0))
+    tl.store(select + image, best)
 
 
 @jit(do_not_specialize=["l", "blocks"])
@@ -73,17 +75,21 @@ def _backward_kernel(
 
 def forward(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
-) -> tuple[Tensor, Tensor]:
-    """The choice and the softmax, (b, 4) float32 each. All contiguous."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The choice and the softmax, (b, 4) float32 each, and the number chosen, (b, 1) int32.
+
+    All contiguous.
+    """
     b, l = score.shape[0], pool.shape[0]
     choice, soft = (score.new_empty((b, 4), dtype=torch.float32) for _ in range(2))
+    select = score.new_empty((b, 1), dtype=torch.int32)
     if b:
-        with torch.cuda.device_of(score):
+        with device_of(score):
             _forward_kernel[(b,)](
-                score, pool, count, noise, choice, soft, l, tau,
+                score, pool, count, noise, choice, soft, select, l, tau,
                 NOISE=noise is not None, BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
-    return choice, soft
+    return choice, soft, select
 
 
 def backward(grad: Tensor, soft: Tensor, pool: Tensor, count: Tensor, tau: float) -> Tensor:
@@ -91,7 +97,7 @@ def backward(grad: Tensor, soft: Tensor, pool: Tensor, count: Tensor, tau: float
     b, l = soft.shape[0], pool.shape[0]
     out, blocks = soft.new_empty((b, l)), ceil_div(l, BLOCK)
     if out.numel():
-        with torch.cuda.device_of(soft):
+        with device_of(soft):
             _backward_kernel[(b * blocks,)](
                 grad, soft, pool, count, out, l, blocks, tau, BLOCK=BLOCK, num_warps=WARPS
             )

@@ -19,7 +19,7 @@ Kernel = Callable[..., Any]
 _Layout = tuple[int | None, ...] | None
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _KNOWN = _PLAIN | {bool, int, float, type(None), torch.dtype}  # nothing that could watch
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
 )
 
@@ -119,7 +119,7 @@ def compiled_kernel(overload: Callable[..., Any]) -> Kernel:
     """A kernel in C++ by its op, called below what Python registered for autograd and autocast."""
 
     def kernel(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(AUTOCAST):
             return overload(*args)
 
     return kernel
