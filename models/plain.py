@@ -26,7 +26,7 @@ def takes_node(x: Tensor) -> bool:
     """Whether the grid x (b, h, w, c) is one that goes through a node, where the modules allow."""
     if torch.compiler.is_compiling() or x.device.type not in DEVICES:
         return False
-    return x.dim() == 4 and x.numel() > 0 and compute_dtype(x) in DTYPES
+    return x.dim() == 4 and x.numel() > 0 and x.dtype in DTYPES and compute_dtype(x) in DTYPES
 
 
 def plain_parts(module: nn.Module) -> tuple[type, ...] | None:
@@ -66,13 +66,16 @@ def own(module: nn.Module, *names: str) -> list[Tensor | None]:
 def fits(x: Tensor, others: Sequence[Tensor | None], params: Sequence[Tensor | None]) -> bool:
     """Whether nobody watches the tensors, and the params are of one dtype and on the device of x.
 
-    The last sides of x and of the first of the params are the same.
+    Where gradients are wanted, all params have to be trained: a node finds the gradients of all.
     """
     first, device = params[0], x.device
-    if first is None or first.shape[-1] != x.shape[-1] or not unwatched([x, *others, *params]):
+    if first is None or not unwatched([x, *others, *params]):
         return False
-    dtype = first.dtype
+    dtype, trained = first.dtype, 0
     for param in params:
         if param is None or param.dtype != dtype or param.device != device:
             return False
-    return True
+        trained += param.requires_grad
+    if trained == len(params) or not torch.is_grad_enabled():
+        return True
+    return not trained and not any(t is not None and t.requires_grad for t in (x, *others))

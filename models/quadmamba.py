@@ -63,7 +63,7 @@ class Block(nn.Module):
         values, scale = branch if branch is not None else (None, None)
         dtype, plan, weights = compute_dtype(x), self.op.plan(x), self.weights()
         given = [values, scale, scales[0]]
-        if plan is None or not fits(x, given, weights):
+        if plan is None or not fits(x, given, weights) or not nodes.Block.takes(x.shape, weights):
             return None
         if values is not None and (values.dtype != dtype or values.shape != x.shape):
             return None

@@ -40,7 +40,8 @@ class QuadPredictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if is_fused(x):
             layers = self.layers()
-            return predictor_score(x, [p for layer in layers for p in (layer.weight, layer.bias)])
+            params = [p for layer in layers for p in (layer.weight, layer.bias)]
+            return predictor_score(x, params, layers[0].eps)
         logits = self.score(self.embed(x))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits.log_softmax(-1)[..., 0]

@@ -134,7 +134,7 @@ class SS2D(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if takes_node(x) and plain_parts(self) in PARTS.get(type(self), ()):
             plan, weights = self.plan(x), self.weights()
-            if plan is not None and fits(x, (), weights):
+            if plan is not None and fits(x, (), weights) and Mixer.takes(x.shape, weights):
                 return run(plan, [x.to(compute_dtype(x)), self.chosen(x), *weights])
         x = self.conv(self.in_proj(x))  # (b, h, w, d)
         y = self.scan(x).view(x.shape)
@@ -142,9 +142,9 @@ class SS2D(nn.Module):
 
     def plan(self, x: Tensor) -> Mixer | None:
         """What is fixed of the mixer on the grid of x, for a node; None where it has none."""
-        tables = self.order.tables(*x.shape[1:3], x.device)
-        reverse = sum(flag << i for i, flag in enumerate(self.reverse))
-        return Mixer(tables, cross_routes(x.device), reverse, None, self.out_norm.eps)
+        h, w = (operator.index(side) for side in x.shape[1:3])
+        tables = self.order.tables(h, w, x.device)
+        return Mixer(tables, cross_routes(x.device), self.reverse, None, self.out_norm.eps)
 
     def chosen(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
         """What a node is given beside x (b, h, w, dim) and the weights; see `Mixer`."""
@@ -221,14 +221,16 @@ class QuadSS2D(SS2D):
         return choose_quadrant(score, maps, self.tau, self.training, self.gumbel)
 
     def plan(self, x: Tensor) -> Mixer | None:
-        h, w = x.shape[1:3]
+        h, w = (operator.index(side) for side in x.shape[1:3])
         maps = self.order.maps(h, w, self.shift(h, w), x.device)
         if maps.tables is None:
             return None
-        learns = self.training and self.predictor is not None
+        learns, eps = False, 0.0
+        if self.predictor is not None:
+            learns, eps = self.training, self.predictor.layers()[0].eps
         index = maps.fine, maps.coarse, maps.quadrant, maps.pool, maps.count
-        quadrants = Quadrants(*index, self.tau, learns)
-        return Mixer(maps.tables, None, 0b10, quadrants, self.out_norm.eps)
+        quadrants = Quadrants(*index, self.tau, eps, learns)
+        return Mixer(maps.tables, None, self.reverse, quadrants, self.out_norm.eps)
 
     def chosen(self, x: Tensor) -> Tensor | None:
         if self.predictor is None:

@@ -124,7 +124,11 @@ def test_where_someone_watches_the_parts_run(ran):
     assert counter.get_total_flops() > 0
     first_call(block, x.as_subclass(Sub))
     first_call(block, x[:0])
-    first_call(copy.deepcopy(block).double(), x.double())
+    wide = copy.deepcopy(block).double()
+    first_call(wide, x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        first_call(wide, x.double())
+        wide.op(x.double())
     torch.compile(first_call, backend="eager")(block, x)
     assert ran == []
     block.op.order = ReleaseOrder()
@@ -189,3 +193,18 @@ def test_a_grid_of_other_channels_is_named(ran):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         make_mixer("raster")(torch.randn(*SIZE, 9))
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["norm2.weight", "mlp.fc1.bias", "op.out_norm.bias", "op.conv.weight", "op.in_proj.weight"],
+)
+def test_parameters_that_do_not_fit_are_named_by_the_parts(name, ran, monkeypatch):
+    fuse(monkeypatch)
+    block, x = make_block("raster"), torch.randn(*SIZE, 8)
+    owner, _, last = name.rpartition(".")
+    param = block.get_parameter(name)
+    setattr(block.get_submodule(owner), last, nn.Parameter(param[..., :-1].detach().clone()))
+    with pytest.raises(ValueError, match="expected"):
+        first_call(block, x)
+    assert "Block" not in ran

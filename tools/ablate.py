@@ -1,7 +1,7 @@
 """Train the rows of a table on cluttered digits with several seeds, and write what came out.
 
-    python tools/make_digits.py datasets/cluttered --cluttered --train 24000 --val 1440 --strokes 4
-    python tools/ablate.py order --data datasets/cluttered --output output/ablation --jobs 15
+    python tools/make_digits.py datasets/c4 --cluttered --train 24000 --val 1440 --strokes 4
+    python tools/ablate.py order --data datasets/c4 --output output/ablation --jobs 15
 
 Tables: order, windows (the paper's Table 4), partition (5), layers (Fig. 5), depths (6), selection
 and shift. OUTPUT/TABLE receives runs.csv, table.md, plot.png and runs.json, and a folder for each

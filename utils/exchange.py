@@ -48,7 +48,7 @@ class GradientMean:
     def __call__(self) -> None:
         """Average the gradients in place; all ranks have to call.
 
-        Raises ValueError where a parameter has a gradient that had none on any rank at first.
+        Raises ValueError on a rank where a parameter has a gradient that had none on any at first.
         """
         if self._world.size == 1:
             return

@@ -47,6 +47,13 @@ class Block(NamedTuple):
     eps: float
     eps2: float
 
+    @staticmethod
+    def takes(shape: Sequence[int], params: Sequence[Tensor]) -> bool:
+        """Whether the shapes of the parameters fit each other and x of this shape."""
+        own, c, m = tuple(param.shape for param in params[:8]), shape[-1], params[5].shape[0]
+        expected = (c,), (c,), (c,), (c,), (m, c), (m,), (c, m), (c,)
+        return own == expected and Mixer.takes(shape, params[8:])
+
     def forward(self, inputs: Values, saved: Saved) -> tuple[Tensor, Tensor]:
         x, branch, scale, scale2, gain, shift, gain2, shift2, *layers = inputs[:OWN]
         steps = steps_of(x.device.type)

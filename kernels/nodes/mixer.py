@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quadmamba.kernels import selective_scan
 from quadmamba.kernels.fused.casts import cast
 from quadmamba.kernels.nodes.node import Saved, Values, weight_grad
 from quadmamba.kernels.nodes.steps import Steps, steps_of
 
-SCORE_EPS = 1e-5  # of the predictor's norm, as in `predictor_score`
 PARAMETERS = 10  # of a mixer without a predictor
 Grads = list[Tensor | None]
 
@@ -21,7 +22,7 @@ Grads = list[Tensor | None]
 class Quadrants(NamedTuple):
     """Maps of a quadtree scan as in `QuadMaps`, and the temperature of the choice.
 
-    learns: whether the choice has a gradient.
+    eps: of the predictor's norm. learns: whether the choice has a gradient.
     """
 
     fine: Tensor
@@ -30,6 +31,7 @@ class Quadrants(NamedTuple):
     pool: Tensor
     count: Tensor
     tau: float
+    eps: float
     learns: bool
 
 
@@ -58,7 +60,7 @@ class _Kept(NamedTuple):
 class Mixer(NamedTuple):
     """A mixer on one grid. (b, h, w, c) -> the same, in the dtype of x.
 
-    tables (t, l), select (1, k / 2), reverse (bit i is the flag of route i): see `route_scan`.
+    tables (t, l), select (1, k / 2), reverse (k flags): see `route_scan`.
     quadrants: None, or of a quadtree scan, which selects the chosen quadrant. eps: of the norm.
 
     inputs: x (b, h, w, c); with a predictor the noise (b, 4) of its choice or None, else for a
@@ -70,9 +72,14 @@ class Mixer(NamedTuple):
 
     tables: Tensor
     select: Tensor | None
-    reverse: int
+    reverse: Sequence[bool]
     quadrants: Quadrants | None
     eps: float
+
+    @staticmethod
+    def takes(shape: Sequence[int], params: Sequence[Tensor]) -> bool:
+        """Whether the shapes of the parameters fit each other and x of this shape."""
+        return _fit(shape[-1], tuple(param.shape for param in params))
 
     def forward(self, inputs: Values, saved: Saved) -> Tensor:
         x, chosen, in_proj, filters, x_proj, dt_weight, dt_bias, A_log, D, *rest = inputs
@@ -88,7 +95,7 @@ class Mixer(NamedTuple):
         A, x = torch.exp(A_log).neg_(), x.flatten(1, 2)  # (b, l, d)
         saved += [x, A]
         proj = F.linear(x, w_x.flatten(0, 1)).view(b, h * w, *w_x.shape[:2])
-        index = self.tables, select, self.reverse
+        index = self.tables, select, selective_scan.route_ops.reverse_bits(self.reverse)
         y, states = steps.scan(x, proj, dt_weight, dt_bias, A, D, *index, False)
         saved += [proj, select, states, y]
         del x, proj, states
@@ -105,9 +112,9 @@ class Mixer(NamedTuple):
             return self.select, []
         if not predictor:
             return chosen.argmax(1, keepdim=True).to(torch.int32), []
-        *_, pool, count, tau, learns = self.quadrants
+        *_, pool, count, tau, eps, learns = self.quadrants
         keep = keep and learns
-        score, kept = steps.score(x, predictor, SCORE_EPS, keep)
+        score, kept = steps.score(x, predictor, eps, keep)
         _, soft, select = steps.choose(score, pool, count, chosen, tau)
         return select, [soft, *predictor, *kept] if keep else []
 
@@ -115,7 +122,7 @@ class Mixer(NamedTuple):
         count = len(_Kept._fields)
         kept, choice, steps = _Kept(*saved[:count]), saved[count:], steps_of(grads[0].device.type)
         grad, like = grads[0].reshape(-1, kept.w_out.shape[0]), kept.dt_weight
-        dout_proj = weight_grad(grad, kept.normed, like) if needs[11] else None
+        dout_proj = weight_grad(grad, kept.normed, like)
         dy = torch.mm(grad, kept.w_out).view(kept.y.shape)
         dy, dnorm = steps.norm_backward(dy, kept.y, kept.gain, self.eps)
         dtokens, dx_proj, dscan, dpredictor = self._scan_backward(steps, kept, choice, dy)
@@ -123,7 +130,7 @@ class Mixer(NamedTuple):
         grid = kept.projected
         dgrid, dfilters = steps.convolve_backward(dtokens.view(grid.shape), grid, kept.filters)
         del dtokens
-        din_proj = weight_grad(dgrid, kept.x, like) if needs[2] else None
+        din_proj = weight_grad(dgrid, kept.x, like)
         dx = torch.matmul(dgrid, kept.w_in) if needs[0] else None
         dparameters = [din_proj, dfilters, dx_proj, *dscan, *dnorm, dout_proj]
         return [dx, None, *dparameters, *(dpredictor or [None] * (len(needs) - PARAMETERS - 2))]
@@ -134,7 +141,12 @@ class Mixer(NamedTuple):
         """Gradients of the tokens, of x_proj, of dt_weight, dt_bias, A_log, D, of the predictor."""
         tokens, proj, A, dtype = kept.tokens, kept.proj, kept.A, kept.dt_weight.dtype
         inputs = tokens, proj, kept.dt_weight, kept.dt_bias, A, kept.D
-        index = self.tables, kept.select, kept.states, self.reverse
+        index = (
+            self.tables,
+            kept.select,
+            kept.states,
+            selective_scan.route_ops.reverse_bits(self.reverse),
+        )
         dtokens, dproj, ddt_weight, ddt_bias, dA, dD = steps.scan_backward(dy, *inputs, *index)
         dscored, dpredictor = None, []
         if choice:
@@ -152,11 +164,27 @@ class Mixer(NamedTuple):
         self, steps: Steps, kept: _Kept, choice: Values, pairs: tuple[list[Tensor], list[Tensor]]
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of the tokens and of the predictor; pairs: see `decision_grad`."""
-        fine, coarse, quadrant, pool, count, tau, _ = self.quadrants
+        fine, coarse, quadrant, pool, count, tau, eps, _ = self.quadrants
         soft, predictor, layers = choice[0], list(choice[1:11]), list(choice[11:])
         maps = self.tables, fine, coarse, quadrant
         ddecision = steps.decision_grad(*pairs, kept.select.view(-1), *maps)
         dscore = steps.choose_backward(ddecision, soft, pool, count, tau)
         grid = kept.tokens.view(kept.projected.shape)
         dscore = dscore.view(grid.shape[:3])
-        return steps.score_backward(dscore, grid, layers, predictor, SCORE_EPS)
+        return steps.score_backward(dscore, grid, layers, predictor, eps)
+
+
+@lru_cache
+def _fit(c: int, shapes: tuple[Sequence[int], ...]) -> bool:
+    """Whether the parameters of a mixer of tokens of width c have shapes that belong together."""
+    dt_weight, A_log = shapes[3], shapes[5]
+    if len(dt_weight) != 3 or len(A_log) != 3:
+        return False
+    (k, d, r), n = dt_weight, A_log[2]
+    scan = (k, r + 2 * n, d), (k, d, r), (k, d), (k, d, n), (k, d)
+    expected = (d, c), (d, 1, 3, 3), *scan, (d,), (d,), (c, d)
+    if len(shapes) > PARAMETERS:
+        d2, d4 = d // 2, d // 4
+        layers = ((d, d), (d,), (d2, d), (d2,), (d4, d2), (d4,), (2, d4), (2,))
+        expected = *expected, (d,), (d,), *layers
+    return shapes == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import MutableSequence, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -45,12 +46,15 @@ def weight_grad(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return product_float32(rows.t(), x.reshape(-1, x.shape[-1])).to(like.dtype)
 
 
+def _below(x: Tensor) -> tuple[AbstractContextManager, ...]:
+    """Contexts in which kernels run: the device of x, below autograd and autocast."""
+    below = torch._C._AutoDispatchBelowAutograd()
+    return device_of(x), below, torch._C._ExcludeDispatchKeyGuard(AUTOCAST)
+
+
 def _forward(plain: Plain, inputs: Values, saved: Saved) -> Any:
-    with (
-        device_of(inputs[0]),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._ExcludeDispatchKeyGuard(AUTOCAST),
-    ):
+    device, below, excluded = _below(inputs[0])
+    with device, below, excluded:
         return plain.forward(inputs, saved)
 
 
@@ -68,10 +72,7 @@ class _Node(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with (
-            device_of(grads[0]),
-            torch._C._AutoDispatchBelowAutograd(),
-            torch._C._ExcludeDispatchKeyGuard(AUTOCAST),
-        ):
+        device, below, excluded = _below(grads[0])
+        with device, below, excluded:
             found = ctx.plain.backward(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
         return None, *found

@@ -38,21 +38,24 @@ class Steps(NamedTuple):
 @cache
 def steps_of(device: str) -> Steps:
     """The kernels for tensors of a device type; KeyError where one is missing."""
-    ops: list[EagerOp] = [
-        layer_norm._layer_norm,
-        layer_norm._layer_norm_backward,
-        layer_norm._add_layer_norm,
-        layer_norm._add_layer_norm_backward,
-        dwconv_silu._dwconv_silu,
-        dwconv_silu._dwconv_silu_backward,
-        predictor._predictor_score,
-        predictor._predictor_score_backward,
-        quadrant_choice._choice,
-        quadrant_choice._choice_backward,
-        quadtree_gather._decision_grad,
-        selective_scan.route_ops.route_scan_fwd,
-        selective_scan.route_ops.route_scan_bwd,
-        mlp._mlp,
-        mlp._mlp_backward,
-    ]
-    return Steps(*(op.kernels[device] for op in ops))
+
+    def kernel(op: EagerOp) -> Kernel:
+        return op.kernels[device]
+
+    return Steps(
+        norm=kernel(layer_norm._layer_norm),
+        norm_backward=kernel(layer_norm._layer_norm_backward),
+        add_norm=kernel(layer_norm._add_layer_norm),
+        add_norm_backward=kernel(layer_norm._add_layer_norm_backward),
+        convolve=kernel(dwconv_silu._dwconv_silu),
+        convolve_backward=kernel(dwconv_silu._dwconv_silu_backward),
+        score=kernel(predictor._predictor_score),
+        score_backward=kernel(predictor._predictor_score_backward),
+        choose=kernel(quadrant_choice._choice),
+        choose_backward=kernel(quadrant_choice._choice_backward),
+        decision_grad=kernel(quadtree_gather._decision_grad),
+        scan=kernel(selective_scan.route_ops.route_scan_fwd),
+        scan_backward=kernel(selective_scan.route_ops.route_scan_bwd),
+        mlp=kernel(mlp._mlp),
+        mlp_backward=kernel(mlp._mlp_backward),
+    )

@@ -76,6 +76,7 @@ void set_split(lane::Params& p, const Inputs& in, const Costs& costs, int64_t by
       }
     }
   }
+  SCAN_CHECK(least < INFINITY, kOp, "expected a GPU with ", 2 * bytes, " bytes of shared memory a block, got ", limit);
   p = best;
 }
 

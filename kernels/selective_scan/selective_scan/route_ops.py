@@ -65,9 +65,13 @@ def route_scan(
         return route_scan_ref(*inputs, flags).to(out_dtype or full)
     if not torch.is_autocast_enabled(x.device.type):
         _check_dtypes(x, proj)
-    bits = sum(flag << i for i, flag in enumerate(flags))
-    y = route_scan_fwd(*inputs, bits, out_dtype in (None, full))[0]
+    y = route_scan_fwd(*inputs, reverse_bits(flags), out_dtype in (None, full))[0]
     return y.to(out_dtype or full)  # a copy only where autocast widened x
+
+
+def reverse_bits(reverse: Sequence[bool]) -> int:
+    """The flags as the ops take them: bit i is that of route i."""
+    return sum(bool(flag) << i for i, flag in enumerate(reverse))
 
 
 def _check_dtypes(x: Tensor, proj: Tensor) -> None:
