@@ -144,7 +144,8 @@ class SS2D(nn.Module):
         """What is fixed of the mixer on the grid of x, for a node; None where it has none."""
         h, w = (operator.index(side) for side in x.shape[1:3])
         tables = self.order.tables(h, w, x.device)
-        return Mixer(tables, cross_routes(x.device), self.reverse, None, self.out_norm.eps)
+        reverse = selective_scan.route_ops.reverse_bits(self.reverse)
+        return Mixer(tables, cross_routes(x.device), reverse, None, self.out_norm.eps)
 
     def chosen(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
         """What a node is given beside x (b, h, w, dim) and the weights; see `Mixer`."""
@@ -230,7 +231,8 @@ class QuadSS2D(SS2D):
             learns, eps = self.training, self.predictor.layers()[0].eps
         index = maps.fine, maps.coarse, maps.quadrant, maps.pool, maps.count
         quadrants = Quadrants(*index, self.tau, eps, learns)
-        return Mixer(maps.tables, None, self.reverse, quadrants, self.out_norm.eps)
+        reverse = selective_scan.route_ops.reverse_bits(self.reverse)
+        return Mixer(maps.tables, None, reverse, quadrants, self.out_norm.eps)
 
     def chosen(self, x: Tensor) -> Tensor | None:
         if self.predictor is None:

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
-from quadmamba.kernels import nodes
+from quadmamba.kernels import nodes, selective_scan
 from quadmamba.kernels.fused.launch import compute_dtype
 from quadmamba.models import layers, plain, quadmamba, quadtree, ss2d
 from quadmamba.models.orders import QuadtreeOrder, build_order
 from quadmamba.models.quadmamba import Block
 from quadmamba.models.ss2d import SS2D, QuadSS2D
 
+needs_kernels = pytest.mark.skipif(
+    "cpu" not in selective_scan.route_ops.KERNELS, reason="needs the compiled kernels"
+)
 QUADTREE = QuadtreeOrder()
 MIXERS = {  # name: class, arguments, whether in training mode
     "raster": (SS2D, {"order": build_order("raster"), "d_state": 2}, True),

@@ -15,19 +15,18 @@ from node_cases import (  # noqa: F401
     gradients,
     make_block,
     make_mixer,
+    needs_kernels,
 )
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from quadmamba.kernels import nodes, selective_scan
+from quadmamba.kernels import nodes
 from quadmamba.models import layers
 from quadmamba.models.orders import QuadtreeOrder, ReleaseOrder
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in selective_scan.route_ops.KERNELS, reason="needs the compiled kernels"
-)
+pytestmark = needs_kernels
 
 
 class Adapted(layers.Linear):

@@ -16,6 +16,7 @@ from node_cases import (  # noqa: F401
     lively,
     make_block,
     make_mixer,
+    needs_kernels,
 )
 from test_fused_interpreted import _range, interpreted  # noqa: F401
 
@@ -27,9 +28,7 @@ from quadmamba.kernels.nodes.steps import steps_of
 from quadmamba.models import QuadMamba
 from quadmamba.models.orders import ORDERS
 
-pytestmark = pytest.mark.skipif(
-    "cpu" not in selective_scan.route_ops.KERNELS, reason="needs the compiled kernels"
-)
+pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("kind", CALLS)

@@ -78,3 +78,12 @@ def product_float32(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32 or not a.is_cuda:
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient (n, c) of a linear layer's weight in `dtype`, as a sum in float32.
+
+    grad: (..., n) of its output. x: (..., c), its input.
+    """
+    rows = grad.reshape(-1, grad.shape[-1])
+    return product_float32(rows.t(), x.reshape(-1, x.shape[-1])).to(dtype)

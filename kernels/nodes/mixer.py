@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadmamba.kernels import selective_scan
 from quadmamba.kernels.fused.casts import cast
-from quadmamba.kernels.nodes.node import Saved, Values, weight_grad
+from quadmamba.kernels.fused.launch import weight_grad
+from quadmamba.kernels.nodes.node import Saved, Values
 from quadmamba.kernels.nodes.steps import Steps, steps_of
 
 PARAMETERS = 10  # of a mixer without a predictor
@@ -60,7 +60,7 @@ class _Kept(NamedTuple):
 class Mixer(NamedTuple):
     """A mixer on one grid. (b, h, w, c) -> the same, in the dtype of x.
 
-    tables (t, l), select (1, k / 2), reverse (k flags): see `route_scan`.
+    tables (t, l), select (1, k / 2): see `route_scan`; reverse: its flags as `reverse_bits`.
     quadrants: None, or of a quadtree scan, which selects the chosen quadrant. eps: of the norm.
 
     inputs: x (b, h, w, c); with a predictor the noise (b, 4) of its choice or None, else for a
@@ -72,7 +72,7 @@ class Mixer(NamedTuple):
 
     tables: Tensor
     select: Tensor | None
-    reverse: Sequence[bool]
+    reverse: int
     quadrants: Quadrants | None
     eps: float
 
@@ -95,7 +95,7 @@ class Mixer(NamedTuple):
         A, x = torch.exp(A_log).neg_(), x.flatten(1, 2)  # (b, l, d)
         saved += [x, A]
         proj = F.linear(x, w_x.flatten(0, 1)).view(b, h * w, *w_x.shape[:2])
-        index = self.tables, select, selective_scan.route_ops.reverse_bits(self.reverse)
+        index = self.tables, select, self.reverse
         y, states = steps.scan(x, proj, dt_weight, dt_bias, A, D, *index, False)
         saved += [proj, select, states, y]
         del x, proj, states
@@ -121,8 +121,8 @@ class Mixer(NamedTuple):
     def backward(self, saved: Values, grads: Values, needs: Sequence[bool]) -> Grads:
         count = len(_Kept._fields)
         kept, choice, steps = _Kept(*saved[:count]), saved[count:], steps_of(grads[0].device.type)
-        grad, like = grads[0].reshape(-1, kept.w_out.shape[0]), kept.dt_weight
-        dout_proj = weight_grad(grad, kept.normed, like)
+        grad, dtype = grads[0].reshape(-1, kept.w_out.shape[0]), kept.dt_weight.dtype
+        dout_proj = weight_grad(grad, kept.normed, dtype)
         dy = torch.mm(grad, kept.w_out).view(kept.y.shape)
         dy, dnorm = steps.norm_backward(dy, kept.y, kept.gain, self.eps)
         dtokens, dx_proj, dscan, dpredictor = self._scan_backward(steps, kept, choice, dy)
@@ -130,7 +130,7 @@ class Mixer(NamedTuple):
         grid = kept.projected
         dgrid, dfilters = steps.convolve_backward(dtokens.view(grid.shape), grid, kept.filters)
         del dtokens
-        din_proj = weight_grad(dgrid, kept.x, like)
+        din_proj = weight_grad(dgrid, kept.x, dtype)
         dx = torch.matmul(dgrid, kept.w_in) if needs[0] else None
         dparameters = [din_proj, dfilters, dx_proj, *dscan, *dnorm, dout_proj]
         return [dx, None, *dparameters, *(dpredictor or [None] * (len(needs) - PARAMETERS - 2))]
@@ -141,19 +141,14 @@ class Mixer(NamedTuple):
         """Gradients of the tokens, of x_proj, of dt_weight, dt_bias, A_log, D, of the predictor."""
         tokens, proj, A, dtype = kept.tokens, kept.proj, kept.A, kept.dt_weight.dtype
         inputs = tokens, proj, kept.dt_weight, kept.dt_bias, A, kept.D
-        index = (
-            self.tables,
-            kept.select,
-            kept.states,
-            selective_scan.route_ops.reverse_bits(self.reverse),
-        )
+        index = self.tables, kept.select, kept.states, self.reverse
         dtokens, dproj, ddt_weight, ddt_bias, dA, dD = steps.scan_backward(dy, *inputs, *index)
         dscored, dpredictor = None, []
         if choice:
             pairs = [tokens, proj.flatten(2), dy], [dtokens, dproj.flatten(2), kept.y]
             dscored, dpredictor = self._choice_backward(steps, kept, choice, pairs)
         rows = dproj.flatten(0, 1).flatten(1)  # (b l, k (r + 2n))
-        dx_proj = weight_grad(rows, tokens, kept.dt_weight).view(kept.w_x.shape)
+        dx_proj = weight_grad(rows, tokens, dtype).view(kept.w_x.shape)
         dtokens.flatten(0, 1).addmm_(rows, kept.w_x.flatten(0, 1))  # the sum of both gradients
         if dscored is not None:
             dtokens += dscored.view(dtokens.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from quadmamba.kernels.dispatch import AUTOCAST
-from quadmamba.kernels.fused.launch import device_of, product_float32
+from quadmamba.kernels.fused.launch import device_of
 
 Values = Sequence[Tensor | None]
 Saved = MutableSequence[Tensor | None]
@@ -35,15 +35,6 @@ def run(plain: Plain, inputs: Values) -> Any:
             if value is not None and value.requires_grad:
                 return _Node.apply(plain, *inputs)
     return _forward(plain, inputs, deque(maxlen=0))  # which holds nothing
-
-
-def weight_grad(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """Gradient (n, c) of a linear layer's weight, summed in float32, in the dtype of `like`.
-
-    grad: (..., n) of its output. x: (..., c), its input.
-    """
-    rows = grad.reshape(-1, grad.shape[-1])
-    return product_float32(rows.t(), x.reshape(-1, x.shape[-1])).to(like.dtype)
 
 
 def _below(x: Tensor) -> tuple[AbstractContextManager, ...]:

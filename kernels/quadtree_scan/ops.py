@@ -17,7 +17,7 @@ from quadmamba.kernels.quadtree_gather.checks import check_gather
 from quadmamba.kernels.quadtree_scan.reference import quadtree_scan_ref
 
 _REVERSE = [False, True]  # route 0 forwards, route 1 backwards
-_REVERSE_BITS = 0b10
+_REVERSE_BITS = selective_scan.route_ops.reverse_bits(_REVERSE)
 
 
 def quadtree_scan(

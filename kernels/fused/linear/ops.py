@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from quadmamba.kernels.dispatch import triton_op
 from quadmamba.kernels.fused.casts import cast
-from quadmamba.kernels.fused.launch import compute_dtype, empty_rows, product_float32
+from quadmamba.kernels.fused.launch import compute_dtype, empty_rows, weight_grad
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,10 +52,9 @@ def _linear_fake(x: Tensor, weight: Tensor, copy: Tensor) -> Tensor:
 def _linear_backward(
     grad: Tensor, x: Tensor, copy: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    tokens, matrix = x.reshape(-1, x.shape[-1]), copy.flatten(0, -2)
-    rows = grad.reshape(tokens.shape[0], matrix.shape[0])
-    grad_weight = product_float32(rows.t(), tokens).to(dtype)
-    return (rows @ matrix).view(x.shape), grad_weight.view(copy.shape)
+    matrix = copy.flatten(0, -2)
+    rows = grad.reshape(math.prod(x.shape[:-1]), matrix.shape[0])
+    return (rows @ matrix).view(x.shape), weight_grad(rows, x, dtype).view(copy.shape)
 
 
 _linear_backward.register_kernel("cpu")(_linear_backward.kernels["cuda"])
