@@ -4,8 +4,9 @@
 
 Providers: `ours`, `graph` (the mixer as a CUDA graph, so that nothing waits for the host),
 `reference` (the PyTorch definition), `official` (its operations restated by us, with our scan
-kernel in place of its own). Medians of CUDA-event timings; bytes are the fewest that the operation
-must read and write; the copy they are compared with is measured in the same run.
+kernel in place of its own). Medians of CUDA-event timings, backward passes on the calling thread
+as in training; bytes are the fewest that the operation must read and write; the copy they are
+compared with is measured in the same run.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from quadmamba.models.orders import QuadtreeOrder
 from quadmamba.models.quadmamba import Block
 from quadmamba.models.ss2d import SS2D
 from quadmamba.utils.graphs import GraphedBackward, GraphedCall
+from quadmamba.utils.stepper import backward_here
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,15 +76,14 @@ def time_directions(forward: Callable[[], Tensor], leaves: list[Tensor]) -> dict
     with torch.no_grad():
         ms = {"forward": median_ms(forward)}
         grad = torch.randn_like(forward())
-    ms["both"] = median_ms(both)
     y = forward()
 
     def backward() -> None:
         clear_grads(leaves)
         y.backward(grad, retain_graph=True)
 
-    ms["backward"] = median_ms(backward)
-    return ms
+    with backward_here():
+        return {**ms, "both": median_ms(both), "backward": median_ms(backward)}
 
 
 def stages(names: list[str], batch: int) -> Iterator[tuple[str, int, Block, tuple[int, ...]]]:

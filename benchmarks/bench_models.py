@@ -3,10 +3,11 @@
     python -m benchmarks.bench_models --csv benchmarks/models.csv
 
 Random images on the device, 1000 classes, float16 autocast. Inference: eval mode without gradients.
-Training: cross-entropy, GradScaler, a fused AdamW step, drop path on. Each figure is the mean of
-some steps after a warm-up, with one wait for the device at the end. `graph` runs the forward pass,
-or forward and backward together, as a CUDA graph. GROWN is measured at more image sizes, with
-batches of about as many tokens. A line is printed and written as soon as it is measured.
+Training: cross-entropy, GradScaler, a fused AdamW step, drop path on, the backward pass on the
+calling thread as in a run of main.py. Each figure is the mean of some steps after a warm-up, with
+one wait for the device at the end. `graph` runs the forward pass, or forward and backward together,
+as a CUDA graph. GROWN is measured at more image sizes, with batches of about as many tokens. A line
+is printed and written as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from triton.errors import TritonError
 from quadmamba.configs import load_cfg
 from quadmamba.models import build_model
 from quadmamba.utils.graphs import GraphedBackward, GraphedCall
-from quadmamba.utils.stepper import autocast
+from quadmamba.utils.stepper import autocast, backward_here
 from quadmamba.utils.throughput import timed
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -96,7 +97,8 @@ class Trial:
         """The loss, after its backward pass."""
         with autocast(self.device, self.amp):
             loss = F.cross_entropy(self.model(images), targets)
-        self.scaler.scale(loss).backward()
+        with backward_here():
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     def update(self) -> None:

@@ -57,6 +57,23 @@ def test_gradients_are_clipped_and_the_norm_before_is_returned():
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["backward", "replay"])
+def test_gradients_are_found_on_the_calling_thread(name):
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            y.register_hook(lambda _: seen.append(torch._C._is_multithreading_enabled()))
+            return y
+
+    stepper = make_stepper(model=Watched(6, 3))
+    kwargs = {"parts": 1, "last": True} if name == "backward" else {}
+    getattr(stepper, name)(*batch(4), **kwargs)
+    assert seen == [False]
+    assert torch._C._is_multithreading_enabled()
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_counts():
     stepper, other = make_stepper(), make_stepper()
     images, targets = batch(4)

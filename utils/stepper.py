@@ -32,6 +32,15 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=_DTYPES[amp] if on else None, enabled=on)
 
 
+def backward_here() -> contextlib.AbstractContextManager[None]:
+    """Within it, backward passes run on the calling thread, also for a GPU.
+
+    PyTorch has a thread of its own for each GPU, which wakes for each pass; a host whose caches are
+    cold for it needs up to twice as long for the same launches.
+    """
+    return torch.autograd.set_multithreading_enabled(False)
+
+
 def with_synced_norms(model: nn.Module, world: World) -> nn.Module:
     """Batch norms that take their statistics over all ranks; PyTorch has them for GPUs only."""
     if not world.launched or world.device.type == "cpu":
@@ -109,7 +118,8 @@ class Stepper:
             with autocast(self.world.device, self.amp):
                 loss = self.criterion(self.call(images), targets)
             one = 1 + loss.detach() - loss.detach()  # or NaN
-            self.scaler.scale(one * loss / parts).backward()
+            with backward_here():
+                self.scaler.scale(one * loss / parts).backward()
         return loss.detach()
 
     def replay(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -118,7 +128,8 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.world.device, self.amp):
             loss = self.criterion(self.model(images), targets)
-        self.scaler.scale(loss).backward()
+        with backward_here():
+            self.scaler.scale(loss).backward()
         return loss.detach()
 
     def update(self) -> Tensor:
