@@ -2,6 +2,7 @@
 
 import importlib.util
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,42 +79,6 @@ def test_a_gradient_of_the_decision_alone_is_found():
     assert torch.autograd.grad(y.square().sum(), decision)[0].abs().max() > 0
 
 
-@needs_triton
-def test_the_key_of_a_kernel_tells_what_triton_specialises_for():
-    from quadmamba.kernels.fused.layer_norm.triton import _forward_kernel as kernel
-
-    x = torch.zeros(64)
-    calls = {
-        "call": ((x, None, 96, 0.5), {"BLOCK": 2}),
-        "dtype": ((x.half(), None, 96, 0.5), {"BLOCK": 2}),
-        "alignment": ((x[1:], None, 96, 0.5), {"BLOCK": 2}),
-        "tensor": ((x, x, 96, 0.5), {"BLOCK": 2}),
-        "not divisible": ((x, None, 97, 0.5), {"BLOCK": 2}),
-        "one": ((x, None, 1, 0.5), {"BLOCK": 2}),
-        "64 bits": ((x, None, 96 << 30, 0.5), {"BLOCK": 2}),
-        "integer": ((x, None, 96, 5), {"BLOCK": 2}),
-        "constant": ((x, None, 96, 0.5), {"BLOCK": 4}),
-        "tuple": ((x, None, 96, (x, 32)), {"BLOCK": 2}),
-        "not divisible in a tuple": ((x, None, 96, (x, 33)), {"BLOCK": 2}),
-        "alignment in a tuple": ((x, None, 96, (x[1:], 32)), {"BLOCK": 2}),
-    }
-    keys = {name: kernel.key(*call) for name, call in calls.items()}
-    assert len(set(keys.values())) == len(calls)
-    again = kernel.key((torch.ones(32), None, 192, 0.25), {"BLOCK": 2})
-    assert again == keys["call"], "other sizes and values need no other kernel"
-
-
-@needs_triton
-def test_a_constant_among_the_arguments_counts_by_value():
-    from quadmamba.kernels.fused.jit import Kernel
-    from quadmamba.kernels.fused.mlp import triton as module
-
-    kernel = module._gelu_kernel
-    assert isinstance(kernel, Kernel)
-    x = torch.zeros(64)
-    assert kernel.key((x, x, 64, 128), {}) != kernel.key((x, x, 64, 256), {})
-
-
 class Compiled:
     """Stands for a compiled kernel: notes what it is launched with."""
 
@@ -129,9 +94,23 @@ class Compiled:
         return lambda *args: self.launches.append(("hooked", grid, *args))
 
 
+CONSTANTS = {"size": 64, "BLOCK": 256, "num_warps": 4}
+
+
 @pytest.fixture
-def kernel(monkeypatch):
-    """A kernel of three tensors and a size whose launches are noted, and the compiled one."""
+def device(monkeypatch):
+    """The current device, a list of one number."""
+    now = [1]
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: now[0], raising=False)
+    stream = lambda device: f"stream of {device}"  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
+    return now
+
+
+@pytest.fixture
+def kernel(monkeypatch, device):
+    """A kernel of tensors and a size whose launches are noted, and the compiled one."""
+    del device
     from quadmamba.kernels.fused.mlp.triton import _gelu_kernel as kernel
 
     compiled = Compiled()
@@ -145,54 +124,136 @@ def kernel(monkeypatch):
             return compiled
 
     monkeypatch.setattr(kernel, "jitted", Jitted())
-    monkeypatch.setattr(kernel, "_compiled", {})
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    stream = lambda device: f"stream of {device}"  # noqa: E731
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
-    return kernel, compiled.launches
+    return kernel, compiled
+
+
+def on_cuda(x):
+    """What a launch sees of a tensor on a GPU."""
+    return SimpleNamespace(data_ptr=x.data_ptr, dtype=x.dtype, is_cuda=True)
+
+
+@needs_triton
+def test_another_kernel_is_compiled_for_whatever_triton_specialises_for(kernel, device):
+    (kernel, compiled), x = kernel, torch.zeros(64)
+    launch, whole = kernel.fixed(**CONSTANTS), (x, None, (x, x), x)
+    calls = {
+        "all": whole,
+        "dtype": (x.half(), *whole[1:]),
+        "no tensor": (None, *whole[1:]),
+        "a tensor": (x, x, *whole[2:]),
+        "kind of device": (on_cuda(x), *whole[1:]),
+        "alignment": (x[1:], *whole[1:]),
+        "alignment of the last": (*whole[:3], x[1:]),
+        "dtype in a tuple": (x, None, (x, x.half()), x),
+        "alignment in a tuple": (x, None, (x[1:], x), x),
+        "alignment at the end of a tuple": (x, None, (x, x[1:]), x),
+        "kind of device in a tuple": (x, None, (x, on_cuda(x)), x),
+        "nothing in a tuple": (x, None, (x, None), x),
+        "length of a tuple": (x, None, (x,), x),
+    }
+    for name, args in calls.items():
+        launch((3,), *args)
+        assert compiled.launches[-1][0] == "jit", name
+    device[0] = 0
+    launch((3,), *whole)
+    assert compiled.launches[-1][0] == "jit", "device"
+    device[0] = 1
+    for name, args in calls.items():
+        launch((3,), *args)
+        assert compiled.launches[-1][0] == "run", name
+    other = torch.ones(32)
+    launch((3,), other, None, (other, other), other)
+    assert compiled.launches[-1][0] == "run", "other sizes need no other kernel"
 
 
 @needs_triton
 def test_a_second_launch_calls_the_compiled_kernel(kernel):
-    (kernel, launches), (x, y) = kernel, torch.zeros(2, 64)
-    constants = {"BLOCK": 256, "num_warps": 4}
-    for size in (64, 128, 7):
-        kernel[(3,)](x, y, size, **constants)
-    assert launches[0] == ("jit", (3,), (x, y, 64), constants)
-    how = (3, 1, 1, "stream of 1", "function", "metadata", None, None, None)
-    assert launches[1] == ("run", *how, x.data_ptr(), y.data_ptr(), 128, 256)
-    assert launches[2][0] == "jit", "another kernel where 16 does not divide the size"
-
-
-@needs_triton
-def test_a_kernel_with_fixed_arguments_looks_at_the_others_alone(kernel):
-    (kernel, launches), (x, y) = kernel, torch.zeros(2, 64)
-    constants = {"size": 64, "BLOCK": 256, "num_warps": 4}
-    launch = kernel.fixed(**constants)
+    (kernel, compiled), (x, y) = kernel, torch.zeros(2, 64)
+    launch = kernel.fixed(**CONSTANTS)
     launch((3, 2), x, y)
     launch((3, 2), y, x)
-    launch((3, 2), x, y[1:])
-    assert launches[0] == ("jit", (3, 2), (x, y), constants)
-    assert launches[1][:4] == ("run", 3, 2, 1)
-    assert launches[1][10:] == (y.data_ptr(), x.data_ptr(), 64, 256)
-    assert launches[2][0] == "jit", "another kernel where an address is not aligned"
-    kernel.fixed(**{**constants, "size": 7})((3, 2), x, y)
-    assert launches[3][0] == "jit"
+    launch((5,), x, (y, None))
+    launch((5,), x, (y, None))
+    kernel.fixed(**{**CONSTANTS, "size": 7})((3, 2), x, y)
+    first, second, _, third, fourth = compiled.launches
+    assert first == ("jit", (3, 2), (x, y), CONSTANTS)
+    how = "stream of 1", "function", "metadata", None, None, None
+    assert second == ("run", 3, 2, 1, *how, y.data_ptr(), x.data_ptr(), 64, 256)
+    assert third == ("run", 5, 1, 1, *how, x.data_ptr(), (y.data_ptr(), None), 64, 256)
+    assert fourth[0] == "jit"
 
 
 @needs_triton
-def test_hooks_of_triton_see_every_launch(kernel):
+def test_constants_are_the_last_arguments(kernel):
+    with pytest.raises(AssertionError, match="last arguments"):
+        kernel[0].fixed(out=None, BLOCK=256)
+
+
+@needs_triton
+@pytest.mark.parametrize("scratch", ["", "global_scratch_size", "profile_scratch_size"])
+def test_the_launcher_in_c_is_called_where_nothing_comes_before(kernel, scratch, monkeypatch):
+    """As Triton's own launcher would call it; that one is called where it has memory to find."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    (kernel, compiled), x, calls = kernel, torch.zeros(64), []
+    run = object.__new__(driver.CudaLauncher)
+    sizes = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1}
+    aligns = {"global_scratch_align": 1, "profile_scratch_align": 1}
+    flags = {"launch_cooperative_grid": False, "launch_pdl": True}
+    run.__dict__.update(**sizes, **aligns, **flags, launch=lambda *args: calls.append(args))
+    monkeypatch.setattr(compiled, "run", run)
+    monkeypatch.setattr(driver.CudaLauncher, "__call__", watched(driver.CudaLauncher, calls))
+    launch = kernel.fixed(**CONSTANTS)
+    launch((3, 2), x, x)
+    launch((3, 2), x, x)
+    run(3, 2, 1, "stream of 1", "function", "metadata", *[None] * 3, *[x.data_ptr()] * 2, 64, 256)
+    assert calls == [calls[0], "Triton's own", calls[0]]
+    setattr(run, scratch or "num_ctas", 1)
+    monkeypatch.setattr(driver._allocation, "_allocator", Allocator())
+    monkeypatch.setattr(driver._allocation, "_profile_allocator", Allocator())
+    launch = kernel.fixed(**CONSTANTS)
+    calls.clear()
+    launch((3, 2), x, x)
+    launch((3, 2), x, x)
+    assert calls[:-1] == (["Triton's own"] if scratch else [])
+    assert ("memory" in calls[-1]) == bool(scratch)
+
+
+class Allocator:
+    def get(self):
+        return lambda *_: "memory"
+
+
+def watched(launcher, calls):
+    """A launcher's call, noted before it is made."""
+    inner = launcher.__call__
+
+    def call(self, *args):
+        calls.append("Triton's own")
+        return inner(self, *args)
+
+    return call
+
+
+@needs_triton
+def test_hooks_of_triton_see_every_launch(kernel, monkeypatch):
     from triton import knobs
 
-    (kernel, launches), x = kernel, torch.zeros(64)
+    (kernel, compiled), x = kernel, torch.zeros(64)
+    launch, runtime = kernel.fixed(**CONSTANTS), knobs.runtime
 
     def hook(metadata):
         del metadata
 
-    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
-        kernel[(3,)](x, x, 64, BLOCK=256, num_warps=4)
+    for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        launch((3,), x, x)
         chain.add(hook)
-        kernel[(3,)](x, x, 64, BLOCK=256, num_warps=4)
+        launch((3,), x, x)
         chain.remove(hook)
-    assert [launch[0] for launch in launches] == ["jit", "hooked", "run", "hooked"]
-    assert launches[1] == ("hooked", (3, 1, 1), x, x, 64, 256)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        for value in (hook, None):  # as they are set without a chain
+            with monkeypatch.context() as patch:
+                patch.setattr(runtime, name, value)
+                launch((3,), x, x)
+    kinds = ["jit", "hooked", "run", "hooked", "hooked", "run", "hooked", "run"]
+    assert [launch[0] for launch in compiled.launches] == kinds
+    assert compiled.launches[1] == ("hooked", (3, 1, 1), x, x, 64, 256)

@@ -42,6 +42,7 @@ def plain_gradients(ref, inputs, *grads):
 
 
 @interpreted
+@pytest.mark.usefixtures("_range")
 @pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 17, 9, 36)], ids=str)
 def test_interpreted_dwconv_silu(shape):
     from quadmamba.kernels.fused.dwconv_silu import triton as kernels
@@ -106,12 +107,13 @@ def test_interpreted_mlp(shape, monkeypatch):
 @pytest.mark.parametrize(("rows", "d"), [(40, 16), (70, 24), (130, 96), (3, 7)])
 def test_interpreted_predictor(rows, d, widest, monkeypatch):
     from quadmamba.kernels.fused.predictor import host as kernels
+    from quadmamba.kernels.fused.predictor import launches
 
-    monkeypatch.setattr(kernels, "CHAIN_MAX_D", widest)
+    monkeypatch.setattr(launches, "CHAIN_MAX_D", widest)
     if widest < d:  # as the widest tokens
-        monkeypatch.setattr(kernels, "WEIGHT_GRAD", ())
-        monkeypatch.setattr(kernels, "WIDER_ROWS", 64)
-    kernels._weight_sides.cache_clear()
+        monkeypatch.setattr(launches, "WEIGHT_GRAD", ())
+        monkeypatch.setattr(launches, "WIDER_ROWS", 64)
+    monkeypatch.setattr(launches, "end", launches.end.__wrapped__)
     inputs, grad = predictor_case((rows, d)), torch.randn(rows)
     x, *params = inputs.values()
     truth = plain_gradients(partial(call_predictor, predictor_score_ref), inputs, grad)
@@ -119,6 +121,12 @@ def test_interpreted_predictor(rows, d, widest, monkeypatch):
     grad_x, grads = kernels.backward(grad, x, kept, params)
     for value, expected in zip((score, grad_x, *grads), truth):
         assert relative(value, expected.double()) < 2e-4
+    total = torch.randn(rows, d)
+    expected = total + grad_x
+    added, again = kernels.backward(grad, x, kept, params, total)
+    assert added is total
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(value, other) for value, other in zip(again, grads))
     alone, nothing = kernels.forward(x, params, 1e-5, False)
     assert torch.equal(alone, score)
     assert nothing == []

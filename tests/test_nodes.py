@@ -21,6 +21,7 @@ from node_cases import (  # noqa: F401
 from test_fused_interpreted import _range, interpreted  # noqa: F401
 
 from quadmamba.kernels import selective_scan
+from quadmamba.kernels.fused.casts import cast, cast_all, cast_together
 from quadmamba.kernels.fused.predictor import ops as predictor
 from quadmamba.kernels.nodes import block as kernels_block
 from quadmamba.kernels.nodes import mixer as kernels_mixer
@@ -138,6 +139,16 @@ def test_a_graph_that_is_kept_serves_twice_but_not_for_second_derivatives(ran):
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.sum().backward()
     assert ran == ["Mixer"]
+
+
+def test_copies_of_several_parameters_are_those_that_are_known_and_new_ones():
+    wide, known, other = (torch.randn(3, requires_grad=True) for _ in range(3))
+    params = wide, torch.randn(3).half().requires_grad_(), known, other
+    with cast_together([known], params[1]):
+        copies = cast_all(params, torch.half)
+        assert copies[2] is cast(known, torch.half)
+    assert all(torch.equal(copy, param.half()) for copy, param in zip(copies, params))
+    assert not any(copy.requires_grad for copy in copies)
 
 
 @interpreted

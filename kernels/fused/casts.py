@@ -32,11 +32,7 @@ def cast_together(params: Sequence[Tensor], x: Tensor) -> Iterator[None]:
     """
     before, dtype = _copies.of, compute_dtype(x)
     params = [param for param in params if param.dtype != dtype]
-    with torch.no_grad():
-        made = [torch.empty_like(param, dtype=dtype) for param in params]
-        if made:
-            torch._foreach_copy_(made, params)
-    _copies.of = {id(param): copy for param, copy in zip(params, made)}
+    _copies.of = {id(param): copy for param, copy in zip(params, _made(params, dtype))}
     try:
         yield
     finally:
@@ -45,10 +41,32 @@ def cast_together(params: Sequence[Tensor], x: Tensor) -> Iterator[None]:
 
 def cast(param: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of param in `dtype`, without its gradient."""
+    known = _known(param, dtype)
+    return param.detach().to(dtype) if known is None else known
+
+
+def cast_all(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`cast` of each, where copies are missing all of them in one pass."""
+    found = [_known(param, dtype) for param in params]
+    missing = [param for param, copy in zip(params, found) if copy is None]
+    made = iter(_made(missing, dtype))
+    return [next(made) if copy is None else copy for copy in found]
+
+
+def _known(param: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The values of param in `dtype` where they need not be computed."""
     if param.dtype == dtype:
         return param.detach()
     if not torch.compiler.is_compiling() and _copies.of is not None:
         copy = _copies.of.get(id(param))
         if copy is not None and copy.dtype == dtype:
             return copy
-    return param.detach().to(dtype)
+    return None
+
+
+def _made(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    with torch.no_grad():
+        made = [torch.empty_like(param, dtype=dtype) for param in params]
+        if made:
+            torch._foreach_copy_(made, params)
+    return made

@@ -1,113 +1,113 @@
 """`jit`: Triton's, with a launch that costs the host a fraction of its time.
 
 At each launch Triton binds the arguments, derives from them what a kernel is specialised for, looks
-the kernel up, and calls the hooks of its profiler, of which there are none as a rule. Here a key of
-the same facts leads straight to the compiled kernel, which is given addresses for tensors.
+the kernel up, and calls the hooks of its profiler, of which there are none as a rule. Here all but
+the tensors is fixed for many launches. What a kernel is specialised for in them makes a key, which
+leads straight to the compiled kernel; that is given addresses, past Triton's own launcher.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 
-_Compiled = dict[Hashable, tuple[Any, list[Any]]]  # by key: a kernel, the last of its arguments
+# What Triton 3.6 hands to a launcher in C before the kernel's arguments: grid, stream, function,
+# cooperative, dependent, two scratches, metadata for the kernel and for hooks, two hooks.
+_LAUNCHER = "iiiKKppOOOOOO"
 
 
 class Kernel:
-    """A Triton kernel, launched as Triton's own: `kernel[grid](*args, **constants)`.
-
-    The key of a compiled kernel tells more than Triton asks for, never less: device; dtype, kind of
-    device and 16-byte alignment of a tensor; of an integer its width, whether it is 1 and whether
-    16 divides it; the value of a constant and of any keyword; all this of each part of a tuple.
-    """
+    """A Triton kernel, first its tensors, then the rest: `kernel.fixed(**rest)(grid, *tensors)`."""
 
     def __init__(self, function: Callable[..., None], options: dict[str, Any]) -> None:
         self.jitted = triton.jit(**options)(function)
         self.interpreted = not isinstance(self.jitted, triton.JITFunction)
         params = () if self.interpreted else self.jitted.params
         self._names = [param.name for param in params]
-        self._constants = frozenset(i for i, param in enumerate(params) if param.is_constexpr)
-        self._compiled: _Compiled = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.jitted[grid] if self.interpreted else partial(self._launch, grid)
 
     def fixed(self, **constants: Any) -> Callable[..., None]:
-        """The kernel with these last arguments and constants as a function of grid and the others.
+        """The kernel with its last arguments, as a function of its grid and of the first ones.
 
-        No launch looks at them again. To be kept for many launches, as by `functools.lru_cache`.
+        constants: those arguments and options such as `num_warps`; no launch looks at them again.
+        The others are tensors, None, or tuples of these. The key of a compiled kernel tells of them
+        more than Triton asks for, never less: device; dtype, kind of device and 16-byte alignment
+        of each tensor. To be kept for many launches, as by `functools.lru_cache`.
         """
+        jitted, kept = self.jitted, {}
         if self.interpreted:
-            return lambda grid, *args: self.jitted[grid](*args, **constants)
-        return partial(self._run, {}, constants, ())
+            return lambda grid, *args: jitted[grid](*args, **constants)
+        rest = [constants[name] for name in self._names if name in constants]
+        first = len(self._names) - len(rest)
+        assert constants.keys() >= set(self._names[first:]), "constants are the last arguments"
+        device_now, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
-    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        self._run(self._compiled, constants, tuple(constants.items()), grid, *args)
+        def launch(grid: tuple[int, ...], *args: Any) -> None:
+            device = device_now()
+            key: list[Hashable] = [device, grid]
+            values = _look(args, key)
+            found = kept.get(tuple(key))
+            if found is None:
+                compiled = jitted[grid](*args, **constants)
+                kept[tuple(key)] = compiled, (*grid, 1, 1)[:3], *_launcher(compiled)
+                return
+            compiled, sides, call, kernel = found
+            if _is_hooked():
+                compiled[sides](*args, *rest)
+                return
+            call(*sides, stream_of(device), *kernel, *values, *rest)
 
-    def _run(
-        self,
-        kept: _Compiled,
-        constants: dict[str, Any],
-        label: tuple,
-        grid: tuple[int, ...],
-        *args: Any,
-    ) -> None:
-        """Launch. kept: what is compiled already; label: of the constants, in its keys."""
-        device, (facts, values) = torch._C._cuda_getDevice(), _facts(args, self._constants)
-        key = device, label, *facts
-        found = kept.get(key)
-        if found is None:
-            compiled, rest = self.jitted[grid](*args, **constants), self._names[len(args) :]
-            if all(name in constants for name in rest):  # else some have their default values
-                kept[key] = compiled, [constants[name] for name in rest]
-            return
-        compiled, rest = found
-        x, y, z = (*grid, 1, 1)[:3]
-        if _is_hooked():
-            compiled[x, y, z](*args, *rest)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        kernel = compiled.function, compiled.packed_metadata
-        compiled.run(x, y, z, stream, *kernel, None, None, None, *values, *rest)
-
-    def key(self, args: Sequence[Any], constants: dict[str, Any]) -> Hashable:
-        """What tells apart the calls for which Triton may compile different kernels."""
-        return tuple(constants.items()), *_facts(args, self._constants)[0]
+        return launch
 
 
-def _facts(
-    args: Sequence[Any], constants: frozenset[int] = frozenset()
-) -> tuple[list[Hashable], list[Any]]:
-    key: list[Hashable] = []
-    values = list(args)
-    for i, arg in enumerate(args):
-        kind = type(arg)
-        if isinstance(arg, Tensor):
-            values[i] = address = arg.data_ptr()
-            key += (arg.dtype, arg.is_cuda, address & 15 == 0)
-        elif i in constants or arg is None or kind is bool:
-            key += (kind, arg)
-        elif kind is int:
-            key += (arg.bit_length() >> 5, arg & 15 == 0, arg == 1)
-        elif kind is tuple:
-            part, inner = _facts(arg)
-            key.append(tuple(part))
-            values[i] = tuple(inner)
+def _look(args: Sequence[Any], key: list[Hashable]) -> list[Any]:
+    """What a compiled kernel takes for args: addresses; appends to the key what it depends on."""
+    values, bits = [], 0
+    for arg in args:
+        if arg is None:
+            values.append(None)
+            key.append(None)
+        elif type(arg) is tuple:
+            inner: list[Hashable] = []
+            values.append(tuple(_look(arg, inner)))
+            key.append(tuple(inner))
         else:
-            key.append(kind)
-    return key, values
+            address = arg.data_ptr()
+            bits |= address
+            values.append(address)
+            key.append(arg.dtype)
+            key.append(arg.is_cuda)
+    if bits & 15:
+        key += [value & 15 for value in values if type(value) is int]
+    return values
+
+
+def _launcher(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """A function that launches, and its arguments between the stream and those of the kernel.
+
+    The one in C where Triton's own in Python would only pass the arguments on.
+    """
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    module = sys.modules.get(type(run).__module__)
+    is_known = getattr(module, "_BASE_ARGS_FORMAT", None) == _LAUNCHER
+    if not is_known or run.global_scratch_size or run.profile_scratch_size:
+        return run, (function, metadata, None, None, None)
+    flags = run.launch_cooperative_grid, run.launch_pdl
+    return run.launch, (function, *flags, None, None, metadata, None, None, None)
 
 
 def _is_hooked() -> bool:
     """Whether someone, such as Triton's profiler, wants to know of launches."""
-    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
+    runtime = knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:  # one of them is None, or a function by itself
+        hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Kernel]:

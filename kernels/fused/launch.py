@@ -35,7 +35,7 @@ def triton_kernels(package: str, module: str = "triton") -> ModuleType:
 
 def device_of(x: Tensor) -> AbstractContextManager[None]:
     """`torch.cuda.device_of(x)`, but nothing to enter where that is the current device already."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
         return _NOWHERE
     return torch.cuda.device_of(x)
 
@@ -71,6 +71,11 @@ def empty_rows(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., c) as (rows, c)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
 def product_float32(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product a b in float32, or float64; sums of half precision are not rounded to it."""
     if a.dtype == torch.float64:
@@ -85,5 +90,5 @@ def weight_grad(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     grad: (..., n) of its output. x: (..., c), its input.
     """
-    rows = grad.reshape(-1, grad.shape[-1])
-    return product_float32(rows.t(), x.reshape(-1, x.shape[-1])).to(dtype)
+    found = product_float32(as_rows(grad).t(), as_rows(x))
+    return found if found.dtype == dtype else found.to(dtype)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quadmamba.kernels.fused.casts import cast
+from quadmamba.kernels.fused.casts import cast_all
 from quadmamba.kernels.nodes.mixer import Grads, Mixer
 from quadmamba.kernels.nodes.node import Saved, Values
 from quadmamba.kernels.nodes.steps import steps_of
@@ -66,7 +66,7 @@ class Block(NamedTuple):
         branch = self.mixer.forward((normed, *inputs[OWN:]), inner)
         x, normed = steps.add_norm(x, branch, gain2, shift2, scale2, self.eps2, self.dtype)
         del branch
-        copies = [cast(param, self.dtype) for param in layers]
+        copies = cast_all(layers, self.dtype)
         branch, hidden = steps.mlp(normed, *layers, *copies)
         saved += [x, normed, hidden, *copies[::2], *inner]
         return x, branch

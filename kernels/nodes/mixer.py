@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quadmamba.kernels.fused.casts import cast
+from quadmamba.kernels.fused.casts import cast_all
 from quadmamba.kernels.fused.launch import weight_grad
 from quadmamba.kernels.nodes.node import Saved, Values
 from quadmamba.kernels.nodes.steps import Steps, steps_of
@@ -85,7 +85,7 @@ class Mixer(NamedTuple):
         x, chosen, in_proj, filters, x_proj, dt_weight, dt_bias, A_log, D, *rest = inputs
         gain, shift, out_proj, *predictor = rest
         steps, (b, h, w, _), dtype = steps_of(x.device.type), x.shape, x.dtype
-        w_in, w_x, w_out = cast(in_proj, dtype), cast(x_proj, dtype), cast(out_proj, dtype)
+        w_in, w_x, w_out = cast_all((in_proj, x_proj, out_proj), dtype)
         saved += [w_in, w_x, w_out, filters, gain, dt_weight, dt_bias, D, x]
         keep = len(saved) > 0
         x = F.linear(x, w_in)  # (b, h, w, d)
@@ -143,30 +143,29 @@ class Mixer(NamedTuple):
         inputs = tokens, proj, kept.dt_weight, kept.dt_bias, A, kept.D
         index = self.tables, kept.select, kept.states, self.reverse
         dtokens, dproj, ddt_weight, ddt_bias, dA, dD = steps.scan_backward(dy, *inputs, *index)
-        dscored, dpredictor = None, []
+        dscore, dpredictor = None, []
         if choice:
             pairs = [tokens, proj.flatten(2), dy], [dtokens, dproj.flatten(2), kept.y]
-            dscored, dpredictor = self._choice_backward(steps, kept, choice, pairs)
+            dscore = self._choice_backward(steps, kept, choice, pairs)
         rows = dproj.flatten(0, 1).flatten(1)  # (b l, k (r + 2n))
         dx_proj = weight_grad(rows, tokens, dtype).view(kept.w_x.shape)
         dtokens.flatten(0, 1).addmm_(rows, kept.w_x.flatten(0, 1))  # the sum of both gradients
-        if dscored is not None:
-            dtokens += dscored.view(dtokens.shape)
+        if dscore is not None:
+            predictor, layers = choice[1:11], choice[11:]
+            scored = dtokens, dscore, tokens, layers, predictor
+            dpredictor = steps.add_score_backward(*scored, self.quadrants.eps)
         dscan = ddt_weight, ddt_bias, dA.mul_(A), dD
-        return dtokens, dx_proj, [grad.to(dtype) for grad in dscan], dpredictor
+        dscan = [grad if grad.dtype == dtype else grad.to(dtype) for grad in dscan]
+        return dtokens, dx_proj, dscan, dpredictor
 
     def _choice_backward(
         self, steps: Steps, kept: _Kept, choice: Values, pairs: tuple[list[Tensor], list[Tensor]]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the tokens and of the predictor; pairs: see `decision_grad`."""
-        fine, coarse, quadrant, pool, count, tau, eps, _ = self.quadrants
-        soft, predictor, layers = choice[0], list(choice[1:11]), list(choice[11:])
+    ) -> Tensor:
+        """Gradient of the scores; pairs: see `decision_grad`."""
+        fine, coarse, quadrant, pool, count, tau, *_ = self.quadrants
         maps = self.tables, fine, coarse, quadrant
         ddecision = steps.decision_grad(*pairs, kept.select.view(-1), *maps)
-        dscore = steps.choose_backward(ddecision, soft, pool, count, tau)
-        grid = kept.tokens.view(kept.projected.shape)
-        dscore = dscore.view(grid.shape[:3])
-        return steps.score_backward(dscore, grid, layers, predictor, eps)
+        return steps.choose_backward(ddecision, choice[0], pool, count, tau)
 
 
 @lru_cache

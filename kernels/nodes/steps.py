@@ -16,7 +16,10 @@ from quadmamba.kernels.quadtree_gather import ops as quadtree_gather
 
 
 class Steps(NamedTuple):
-    """What a mixer or a block consists of, beside products; named as the ops are."""
+    """What a mixer or a block consists of, beside products; named as the ops are.
+
+    add_score_backward: that of score, where the gradient of x is added to the first argument.
+    """
 
     norm: Kernel
     norm_backward: Kernel
@@ -25,7 +28,7 @@ class Steps(NamedTuple):
     convolve: Kernel
     convolve_backward: Kernel
     score: Kernel
-    score_backward: Kernel
+    add_score_backward: Kernel
     choose: Kernel
     choose_backward: Kernel
     decision_grad: Kernel
@@ -50,7 +53,7 @@ def steps_of(device: str) -> Steps:
         convolve=kernel(dwconv_silu._dwconv_silu),
         convolve_backward=kernel(dwconv_silu._dwconv_silu_backward),
         score=kernel(predictor._predictor_score),
-        score_backward=kernel(predictor._predictor_score_backward),
+        add_score_backward=predictor.ADD_BACKWARD[device],
         choose=kernel(quadrant_choice._choice),
         choose_backward=kernel(quadrant_choice._choice_backward),
         decision_grad=kernel(quadtree_gather._decision_grad),

@@ -11,12 +11,15 @@ A row with weight 0 is not read, so an image with a one-hot decision costs one r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div, device_of
+from quadmamba.kernels.fused.launch import SIZES, ceil_div, device_of
 
 BLOCK_L, SUMS_BLOCK_L, BLOCK_D, WARPS = 16, 32, 64, 4
 
@@ -64,9 +67,10 @@ def _two_source_kernel(
 
 @jit(do_not_specialize=["l", "blocks"])
 def _decision_grad_kernel(
-    tokens: tl.tuple, gathered: tl.tuple, widths: tl.tuple, partial: tl.tensor, choice: tl.tensor,
-    tables: tl.tensor, fine: tl.tensor, coarse: tl.tensor, quadrant: tl.tensor, l: tl.tensor,
-    blocks: tl.tensor, PAIRS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    tokens: tl.tuple, gathered: tl.tuple, partial: tl.tensor, choice: tl.tensor,
+    tables: tl.tensor, fine: tl.tensor, coarse: tl.tensor, quadrant: tl.tensor,
+    widths: tl.tuple, l: tl.tensor, blocks: tl.tensor,
+    PAIRS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Sums over a block of tokens, by quadrant, of all pairs (tokens, gathered) together."""
     pid = tl.program_id(0)
@@ -97,6 +101,26 @@ def _decision_grad_kernel(
         tl.store(partial + pid * 4 + q, tl.sum(tl.where(quad == q, dot, 0.0), 0))
 
 
+@lru_cache(SIZES)
+def _launch(
+    b: int, l: int, d: int, tokens: bool, dot: bool
+) -> tuple[Callable[..., None], tuple[int]]:
+    """The two-source kernel as a function of its tensors, and its grid."""
+    blocks, chunks = ceil_div(l, BLOCK_L), ceil_div(d, BLOCK_D)
+    sides = {"BLOCK_L": BLOCK_L, "BLOCK_D": BLOCK_D, "CHUNKS": chunks, "num_warps": WARPS}
+    sizes = {"l": l, "d": d, "blocks": blocks}
+    return _two_source_kernel.fixed(**sizes, TOKENS=tokens, DOT=dot, **sides), (b * blocks,)
+
+
+@lru_cache(SIZES)
+def _launch_sums(b: int, l: int, *widths: int) -> tuple[Callable[..., None], tuple[int]]:
+    """The decision's gradient for pairs of these widths, and its grid."""
+    blocks = ceil_div(l, SUMS_BLOCK_L)
+    sides = {"BLOCK_L": SUMS_BLOCK_L, "BLOCK_D": BLOCK_D, "num_warps": WARPS}
+    sizes = {"widths": widths, "l": l, "blocks": blocks, "PAIRS": len(widths)}
+    return _decision_grad_kernel.fixed(**sizes, **sides), (b * blocks,)
+
+
 def two_source(
     src: Tensor,
     decision: Tensor,
@@ -112,17 +136,14 @@ def two_source(
     float32, or None without `other`.
     """
     b, l, d = src.shape
-    blocks = ceil_div(l, BLOCK_L)
-    out = torch.empty_like(src)
-    partial = src.new_empty((b, blocks, 4), dtype=torch.float32) if other is not None else None
+    out, partial = torch.empty_like(src), None
+    if other is not None:
+        partial = src.new_empty((b, ceil_div(l, BLOCK_L), 4), dtype=torch.float32)
     if src.numel():
+        kernel, grid = _launch(b, l, d, tokens, other is not None)
         with device_of(src):
-            _two_source_kernel[(b * blocks,)](
-                src, other, out, partial, decision.contiguous(),
-                first, second, quadrant, l, d, blocks,
-                TOKENS=tokens, DOT=other is not None, BLOCK_L=BLOCK_L, BLOCK_D=BLOCK_D,
-                CHUNKS=ceil_div(d, BLOCK_D), num_warps=WARPS,
-            )  # fmt: skip
+            maps = decision.contiguous(), first, second, quadrant
+            kernel(grid, src, other, out, partial, *maps)
     return out, None if partial is None else partial.sum(1)
 
 
@@ -137,14 +158,10 @@ def decision_grad(
 ) -> Tensor:
     """Sum over the pairs of the decision's gradient: (b, 4) float32. All tensors contiguous."""
     b, l, _ = values[0].shape
-    blocks = ceil_div(l, SUMS_BLOCK_L)
-    partial = values[0].new_empty((b, blocks, 4), dtype=torch.float32)
-    if partial.numel():
-        widths = tuple(v.shape[2] for v in values)
+    partial = values[0].new_empty((b, ceil_div(l, SUMS_BLOCK_L), 4), dtype=torch.float32)
+    if b and l:
+        kernel, grid = _launch_sums(b, l, *[value.shape[2] for value in values])
+        tensors = tuple(values), tuple(gathered), partial, choice, tables, fine, coarse, quadrant
         with device_of(partial):
-            _decision_grad_kernel[(b * blocks,)](
-                tuple(values), tuple(gathered), widths, partial, choice, tables, fine, coarse,
-                quadrant, l, blocks,
-                PAIRS=len(values), BLOCK_L=SUMS_BLOCK_L, BLOCK_D=BLOCK_D, num_warps=WARPS,
-            )  # fmt: skip
+            kernel(grid, *tensors)
     return partial.sum(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from quadmamba.kernels.dispatch import triton_op
+from quadmamba.kernels.dispatch import Kernel, triton_op
 from quadmamba.kernels.fused.launch import (
     check_half_or_single,
     compute_dtype,
@@ -102,6 +102,40 @@ def _predictor_score_backward_fake(
     grad: Tensor, x: Tensor, kept: list[Tensor], params: list[Tensor], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
     return empty_rows(x), [torch.empty_like(p) for p in params]
+
+
+def _add_cuda(
+    total: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    kept: list[Tensor],
+    params: list[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    if not _takes_triton(x):
+        return _add_plain(total, grad, x, kept, params, eps)
+    kernels = triton_kernels(__package__, "host")
+    rows = grad.reshape(-1).contiguous(), _rows(x)
+    return kernels.backward(*rows, kept, params, total.view(rows[1].shape))[1]
+
+
+def _add_plain(
+    total: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    kept: list[Tensor],
+    params: list[Tensor],
+    eps: float,
+) -> list[Tensor]:
+    del kept
+    grad_x, grads = predictor_grad_ref(grad, x, params, eps)
+    total += grad_x
+    return grads
+
+
+# By device type, the gradient as its op gives it, but that of x is added to `total`, a contiguous
+# tensor like x: (total, grad, x, kept, params, eps) -> the gradients of the params.
+ADD_BACKWARD: dict[str, Kernel] = {"cpu": _add_plain, "cuda": _add_cuda}
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -135,12 +135,12 @@ def _backward_kernel(
     grad: tl.tensor, x: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, stats: tl.tensor,
     matrices: tl.tensor, w4: tl.tensor, b4: tl.tensor, g1: tl.tensor, g2: tl.tensor,
     g3: tl.tensor, grad_x: tl.tensor, partial: tl.tensor, rows: tl.tensor,
-    d: tl.constexpr, d2: tl.constexpr, d4: tl.constexpr,
+    d: tl.constexpr, d2: tl.constexpr, d4: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     D4: tl.constexpr,
 ):  # fmt: skip
-    """Gradients g before the GELUs, and that of x.
+    """Gradients g before the GELUs, and that of x; with ADD added to what grad_x holds.
 
     The sums over the block's tokens for w4 and b4 are a column of `partial`.
     """
@@ -181,6 +181,13 @@ def _backward_kernel(
         inner += tl.sum(grad_b, 1)
         along += tl.sum(grad_b * nb, 1)
     inner, along = (inner / -d)[:, None] * rstd, (along / -d)[:, None] * rstd
-    _put(grad_x + at, row, ka, left, d, grad_a * rstd + (na * along + inner))
-    if SPLIT:
-        _put(grad_x + at, row, kb, left, d, grad_b * rstd + (nb * along + inner))
+    grad_x += at
+    if SPLIT:  # part b first: the other way round more registers spill
+        grad_b = grad_b * rstd + (nb * along + inner)
+        if ADD:
+            grad_b += _tile(grad_x, row, kb, left, d).to(tl.float32)
+        _put(grad_x, row, kb, left, d, grad_b)
+    grad_a = grad_a * rstd + (na * along + inner)
+    if ADD:
+        grad_a += _tile(grad_x, row, ka, left, d).to(tl.float32)
+    _put(grad_x, row, ka, left, d, grad_a)

@@ -40,17 +40,21 @@ def _standardise_kernel(
 
 @jit(do_not_specialize=["rows"])
 def _standardise_grad_kernel(
-    x: tl.tensor, stats: tl.tensor, grad: tl.tensor, rows: tl.tensor, d: tl.tensor,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    x: tl.tensor, stats: tl.tensor, grad: tl.tensor, out: tl.tensor, rows: tl.tensor,
+    d: tl.tensor, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x over that of the standardised tokens."""
+    """Gradient of x from that of the standardised tokens; with ADD added to what out holds."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row, cols, left = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), rows - first
     rstd, shift = _stats(stats + 2 * first, row, left)
     value = _tile(x + first * d, row, cols, left, d).to(tl.float32) * rstd + shift
     g = _tile(grad + first * d, row, cols, left, d).to(tl.float32)
     mean, along = (tl.sum(g, 1) / d)[:, None], (tl.sum(g * value, 1) / d)[:, None]
-    _put(grad + first * d, row, cols, left, d, (g - mean - value * along) * rstd)
+    g = (g - mean - value * along) * rstd
+    out += first * d
+    if ADD:
+        g += _tile(out, row, cols, left, d).to(tl.float32)
+    _put(out, row, cols, left, d, g)
 
 
 @jit()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import ceil_div, device_of
+from quadmamba.kernels.fused.launch import SIZES, ceil_div, device_of
 
 BLOCK, WARPS = 1024, 4
 
@@ -73,6 +76,21 @@ def _backward_kernel(
     tl.store(out + image * l + token, value, mask=real)
 
 
+@lru_cache(SIZES)
+def _launch(b: int, l: int, tau: float, noise: bool) -> tuple[Callable[..., None], tuple[int]]:
+    """Forward, as a function of its tensors, and its grid."""
+    kernel = _forward_kernel.fixed(l=l, tau=tau, NOISE=noise, BLOCK=BLOCK, num_warps=WARPS)
+    return kernel, (b,)
+
+
+@lru_cache(SIZES)
+def _launch_backward(b: int, l: int, tau: float) -> tuple[Callable[..., None], tuple[int]]:
+    """Backward, as a function of its tensors, and its grid."""
+    blocks = ceil_div(l, BLOCK)
+    kernel = _backward_kernel.fixed(l=l, blocks=blocks, tau=tau, BLOCK=BLOCK, num_warps=WARPS)
+    return kernel, (b * blocks,)
+
+
 def forward(
     score: Tensor, pool: Tensor, count: Tensor, noise: Tensor | None, tau: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,21 +102,18 @@ def forward(
     choice, soft = (score.new_empty((b, 4), dtype=torch.float32) for _ in range(2))
     select = score.new_empty((b, 1), dtype=torch.int32)
     if b:
+        kernel, grid = _launch(b, l, tau, noise is not None)
         with device_of(score):
-            _forward_kernel[(b,)](
-                score, pool, count, noise, choice, soft, select, l, tau,
-                NOISE=noise is not None, BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
+            kernel(grid, score, pool, count, noise, choice, soft, select)
     return choice, soft, select
 
 
 def backward(grad: Tensor, soft: Tensor, pool: Tensor, count: Tensor, tau: float) -> Tensor:
     """Gradient of the scores, (b, l) float32. All contiguous."""
     b, l = soft.shape[0], pool.shape[0]
-    out, blocks = soft.new_empty((b, l)), ceil_div(l, BLOCK)
-    if out.numel():
+    out = soft.new_empty((b, l))
+    if b and l:
+        kernel, grid = _launch_backward(b, l, tau)
         with device_of(soft):
-            _backward_kernel[(b * blocks,)](
-                grad, soft, pool, count, out, l, blocks, tau, BLOCK=BLOCK, num_warps=WARPS
-            )
+            kernel(grid, grad, soft, pool, count, out)
     return out
