@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quadmamba.kernels.fused import add_layer_norm, dwconv_silu, layer_norm, linear, mlp
+from quadmamba.kernels.fused import (
+    add_layer_norm,
+    bias_norm,
+    dwconv_silu,
+    layer_norm,
+    linear,
+    mlp,
+    scaled_add,
+)
+from quadmamba.models.plain import plain_parts
 
 NORM_EPS = 1e-5
 # What is still to be added to the residual stream: values, and a factor (b) of each sample or None
@@ -61,6 +70,8 @@ def add(x: Tensor, branch: Branch) -> Tensor:
     values, scale = branch
     if scale is None:
         return x + values
+    if is_fused(x):
+        return scaled_add(x, values, scale)
     return torch.addcmul(x, values, scale.to(values.dtype).view(-1, 1, 1, 1))
 
 
@@ -114,6 +125,8 @@ class Stem(nn.Sequential):
     (b, in_chans, H, W) -> (b, ceil(H / 4), ceil(W / 4), dim).
     """
 
+    kinds = (GridConv2d, LayerNorm, nn.GELU, GridConv2d, LayerNorm)
+
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__(
             GridConv2d(in_chans, dim // 2, 3, stride=2, padding=1),
@@ -124,18 +137,40 @@ class Stem(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x.permute(0, 2, 3, 1))
+        x = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        if not _takes_conv_norm(self, x):
+            return super().forward(x)
+        conv, norm, _, conv2, norm2 = self
+        return conv_norm(conv_norm(x, conv, norm, gelu=True), conv2, norm2)
 
 
 class Downsample(nn.Sequential):
     """Between stages: (b, h, w, dim) -> (b, ceil(h / 2), ceil(w / 2), out_dim)."""
+
+    kinds = (GridConv2d, LayerNorm)
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(
             GridConv2d(dim, out_dim, 3, stride=2, padding=1),
             LayerNorm(out_dim),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(x, *self) if _takes_conv_norm(self, x) else super().forward(x)
+
+
+def conv_norm(x: Tensor, conv: GridConv2d, norm: LayerNorm, *, gelu: bool = False) -> Tensor:
+    """norm(conv(x)), or the GELU of it, where the pass of the norm adds the convolution's bias."""
+    grid = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, None, conv.stride, conv.padding)
+    grid = grid.permute(0, 2, 3, 1)  # (b, h', w', c')
+    return bias_norm(grid, conv.bias, norm.weight, norm.bias, gelu, norm.eps)
+
+
+def _takes_conv_norm(module: Stem | Downsample, x: Tensor) -> bool:
+    """Whether `conv_norm` may run in the place of the parts; see `plain_parts`."""
+    if torch.compiler.is_compiling() or not is_fused(x) or plain_parts(module) != module.kinds:
+        return False
+    return len({part.weight.dtype for part in module if not isinstance(part, nn.GELU)}) == 1
 
 
 class Head(nn.Module):

@@ -11,6 +11,8 @@ import torch
 from quadmamba.kernels.fused import (
     add_layer_norm,
     add_layer_norm_ref,
+    bias_norm,
+    bias_norm_ref,
     cast_together,
     dwconv_silu,
     dwconv_silu_ref,
@@ -21,6 +23,8 @@ from quadmamba.kernels.fused import (
     mlp_ref,
     predictor_score,
     predictor_score_ref,
+    scaled_add,
+    scaled_add_ref,
 )
 from quadmamba.kernels.fused.casts import cast
 
@@ -57,6 +61,16 @@ def add_case(shape, scaled=True):
     return {"residual": torch.randn(shape), **norm_case(shape), **scale}
 
 
+def bias_norm_case(shape):
+    d = shape[-1]
+    params = {name: torch.randn(d) for name in ("bias", "weight", "shift")}
+    return {"x": 2 * torch.randn(shape) + 1, **params}
+
+
+def scaled_case(shape):
+    return {name: add_case(shape)[name] for name in ("residual", "x", "scale")}
+
+
 def predictor_case(shape):
     params = {f"params{i}": p for i, p in enumerate(predictor_params(shape[-1]))}
     return {"x": torch.randn(shape), **params}
@@ -87,6 +101,12 @@ def call_predictor(op, x, **params):
 
 
 OPS = {  # name: op, reference, inputs, arguments that stay float32 and constant
+    "bias_norm": (bias_norm, bias_norm_ref, bias_norm_case),
+    "bias_norm_gelu": (
+        partial(bias_norm, gelu=True),
+        partial(bias_norm_ref, gelu=True),
+        bias_norm_case,
+    ),
     "dwconv_silu": (dwconv_silu, dwconv_silu_ref, dwconv_case),
     "layer_norm": (layer_norm, layer_norm_ref, norm_case),
     "add_layer_norm": (add_layer_norm, add_layer_norm_ref, add_case),
@@ -102,6 +122,7 @@ OPS = {  # name: op, reference, inputs, arguments that stay float32 and constant
         partial(call_predictor, predictor_score_ref),
         predictor_case,
     ),
+    "scaled_add": (scaled_add, scaled_add_ref, scaled_case),
 }
 CASES = {"odd": (2, 5, 7, 12), "one": (1, 1, 1, 8), "d48": (2, 9, 3, 48)}
 GPU_CASES = {
@@ -241,7 +262,10 @@ def test_opcheck(device):
 
     residual, x, weight, bias, scale = tensors(add_case)
     torch.library.opcheck(ops.dwconv_silu.default, tensors(dwconv_case))
+    args = (*tensors(bias_norm_case), True, 1e-5, torch.float32)
+    torch.library.opcheck(ops.bias_norm.default, args)
     torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, torch.float32))
+    torch.library.opcheck(ops.scaled_add.default, (residual, x, scale))
     args = (residual, x, weight, bias, scale, 1e-5, torch.float32)
     torch.library.opcheck(ops.add_layer_norm.default, args)
     x, *params = tensors(mlp_case)
@@ -282,7 +306,7 @@ def test_sliced_and_empty_inputs(name, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "name", ["layer_norm", "add_layer_norm", "linear", "mlp", "predictor_score"]
+    "name", ["bias_norm", "layer_norm", "add_layer_norm", "linear", "mlp", "predictor_score"]
 )
 def test_autocast_chooses_the_dtype(name, device):
     op, _, make = OPS[name]

@@ -10,11 +10,13 @@ from test_fused import predictor_params
 
 from quadmamba.kernels.fused import (
     add_layer_norm,
+    bias_norm,
     dwconv_silu,
     layer_norm,
     linear,
     mlp,
     predictor_score,
+    scaled_add,
 )
 
 
@@ -25,9 +27,18 @@ def zeros(*shapes):
 ERRORS = {  # call, arguments, message
     "dwconv_x": (dwconv_silu, zeros((3, 4, 8), (8, 1, 3, 3)), "floating x"),
     "dwconv_weight": (dwconv_silu, zeros((1, 3, 4, 8), (8, 3, 3)), "expected weight"),
+    "bias_norm_x": (bias_norm, zeros((), 8, 8, 8), "floating x"),
+    "bias_norm_shift": (bias_norm, zeros((3, 8), 8, 8, 7), "expected shift of shape"),
+    "bias_norm_dtypes": (
+        bias_norm,
+        (torch.zeros(3, 8), torch.zeros(8).half(), *zeros(8, 8)),
+        "of one dtype, got bias",
+    ),
     "norm_weight": (layer_norm, zeros((3, 8), 4, 8), "expected weight"),
     "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
     "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
+    "scaled_shapes": (scaled_add, zeros((3, 8), (2, 8), 3), "one shape"),
+    "scaled_scale": (scaled_add, zeros((3, 8), (3, 8), 2), "expected scale of shape"),
     "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
     "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),
     "mlp_weight1": (mlp, zeros((3, 5), (8, 4), 8, (4, 8), 4), "weight1 of shape"),

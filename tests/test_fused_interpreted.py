@@ -12,20 +12,24 @@ import pytest
 import torch
 from test_fused import (
     add_case,
+    bias_norm_case,
     call_predictor,
     dwconv_case,
     gradients,
     mlp_case,
     predictor_case,
     relative,
+    scaled_case,
 )
 
 from quadmamba.kernels.fused import (
     add_layer_norm_ref,
+    bias_norm_ref,
     dwconv_silu_ref,
     layer_norm_ref,
     mlp_ref,
     predictor_score_ref,
+    scaled_add_ref,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,6 +78,35 @@ def test_interpreted_layer_norm(shape, scaled):
     _, grad_x, sums = kernels.backward(grad, x, *params[::2], x.dtype)
     found = kernels.forward(x, *params)[1], grad_x, *sums
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 192)], ids=str)
+@pytest.mark.parametrize("gelu", [True, False])
+def test_interpreted_bias_norm(shape, gelu, monkeypatch):
+    from quadmamba.kernels.fused.bias_norm import triton as kernels
+
+    monkeypatch.setattr(kernels, "MAX_PARTIALS", 2)  # several tiles in a program
+    inputs, grad = bias_norm_case(shape), torch.randn(shape)
+    truth = plain_gradients(partial(bias_norm_ref, gelu=gelu), inputs, grad)
+    found = kernels.forward(*inputs.values(), gelu, 1e-5, torch.float32)
+    grad_x, sums = kernels.backward(grad, *inputs.values(), gelu, 1e-5)
+    torch.testing.assert_close((found, grad_x, *sums), truth, rtol=1e-4, atol=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 33)], ids=str)
+def test_interpreted_scaled_add(shape, monkeypatch):
+    from quadmamba.kernels.fused.scaled_add import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK", 32)  # several programs for a sample
+    inputs, grad = scaled_case(shape), torch.randn(shape)
+    truth = plain_gradients(scaled_add_ref, inputs, grad)
+    residual, x, scale = inputs.values()
+    calls = (x, scale, residual), (grad, scale, None)
+    out, grad_x = (kernels.scaled(*call, x.dtype) for call in calls)
+    found = out, grad, grad_x
+    torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Fused Triton ops around the scan; each is the PyTorch reference for CPU tensors."""
 
+from quadmamba.kernels.fused.bias_norm import bias_norm, bias_norm_ref
 from quadmamba.kernels.fused.casts import cast_together
 from quadmamba.kernels.fused.dwconv_silu import dwconv_silu, dwconv_silu_ref
 from quadmamba.kernels.fused.layer_norm import (
@@ -12,10 +13,13 @@ from quadmamba.kernels.fused.linear import linear
 from quadmamba.kernels.fused.mlp import mlp, mlp_ref
 from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
 from quadmamba.kernels.fused.quadrant_choice import quadrant_choice, quadrant_choice_ref
+from quadmamba.kernels.fused.scaled_add import scaled_add, scaled_add_ref
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_ref",
+    "bias_norm",
+    "bias_norm_ref",
     "cast_together",
     "dwconv_silu",
     "dwconv_silu_ref",
@@ -28,4 +32,6 @@ __all__ = [
     "predictor_score_ref",
     "quadrant_choice",
     "quadrant_choice_ref",
+    "scaled_add",
+    "scaled_add_ref",
 ]

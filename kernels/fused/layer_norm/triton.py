@@ -18,7 +18,7 @@ from quadmamba.kernels.fused.jit import jit
 from quadmamba.kernels.fused.launch import MAX_PARTIALS, SIZES, ceil_div, device_of, power_of_2
 
 TILE, WARPS = 2048, 4  # elements of a program's tile
-GRAD_TILE, GRAD_WARPS = 512, 2
+GRAD_TILE, GRAD_WARPS, ADD_GRAD_WARPS = 512, 2, 1
 MAX_D = 16384
 
 
@@ -108,10 +108,11 @@ def _launch(
     """For (rows, d), of b samples."""
     if d > MAX_D:
         raise ValueError(f"layer_norm: expected at most {MAX_D} channels on CUDA, got {d}")
-    tile, warps = (GRAD_TILE, GRAD_WARPS) if backward else (TILE, WARPS)
+    tile, warps = (GRAD_TILE, ADD_GRAD_WARPS if add else GRAD_WARPS) if backward else (TILE, WARPS)
     block_d = power_of_2(d)
     block_r = max(1, tile // block_d)
-    warps = warps if block_r > 1 else min(16, max(warps, block_d // 512))
+    if block_r == 1:  # a warp takes a row of 512 by itself, as sums then stay within it
+        warps = min(16, max(1 if backward else warps, block_d // 512))
     sizes = {"rows": rows, "per_sample": rows // max(b, 1), "d": d, "eps": eps}
     sides = {"ADD": add, "SCALE": scale, "BLOCK_R": block_r, "BLOCK_D": block_d}
     if not backward:
