@@ -22,7 +22,7 @@ GRAD_TILE, GRAD_WARPS = 512, 1
 
 
 @jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def _bias_norm_kernel(
     x: tl.tensor, bias: tl.tensor, weight: tl.tensor, shift: tl.tensor, out: tl.tensor,
     rows: tl.tensor, d: tl.tensor, eps: tl.tensor,
     GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -43,7 +43,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def _backward_kernel(
+def _bias_norm_grad_kernel(
     grad: tl.tensor, x: tl.tensor, bias: tl.tensor, weight: tl.tensor, shift: tl.tensor,
     grad_x: tl.tensor, partial: tl.tensor, rows: tl.tensor, d: tl.tensor, eps: tl.tensor,
     GELU: tl.constexpr, TILES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -95,9 +95,9 @@ def _launch(
     sides = {"GELU": gelu, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
     sizes = {"rows": rows, "d": d, "eps": eps}
     if not backward:
-        return _forward_kernel.fixed(**sizes, **sides), (ceil_div(rows, block_r),)
+        return _bias_norm_kernel.fixed(**sizes, **sides), (ceil_div(rows, block_r),)
     tiles = power_of_2(ceil_div(rows, block_r * MAX_PARTIALS))
-    kernel = _backward_kernel.fixed(**sizes, **sides, TILES=tiles)
+    kernel = _bias_norm_grad_kernel.fixed(**sizes, **sides, TILES=tiles)
     return kernel, (ceil_div(rows, block_r * tiles),)
 
 

@@ -140,7 +140,7 @@ def _sigmoid(x: tl.tensor):
 
 
 @jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
-def _forward_kernel(
+def _dwconv_kernel(
     x: tl.tensor, weight: tl.tensor, out: tl.tensor, h: tl.tensor, w: tl.tensor, rows: tl.tensor,
     blocks_y: tl.tensor, blocks_x: tl.tensor, blocks_d: tl.tensor,
     d: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
@@ -197,7 +197,7 @@ def _add_products(
 
 
 @jit(do_not_specialize=["h", "w", "rows", "blocks_y", "blocks_x", "blocks_d"])
-def _backward_kernel(
+def _dwconv_grad_kernel(
     grad: tl.tensor, x: tl.tensor, weight: tl.tensor, grad_x: tl.tensor, partial: tl.tensor,
     h: tl.tensor, w: tl.tensor, rows: tl.tensor, blocks_y: tl.tensor, blocks_x: tl.tensor,
     blocks_d: tl.tensor,
@@ -282,7 +282,7 @@ def _fix(kernel: Kernel, shape: tuple[int, int, int, int]) -> _Launch:
 @lru_cache(SIZES)
 def _launches(*shape: int) -> tuple[_Launch, _Launch]:
     """Forward and backward."""
-    return _fix(_forward_kernel, shape), _fix(_backward_kernel, shape)
+    return _fix(_dwconv_kernel, shape), _fix(_dwconv_grad_kernel, shape)
 
 
 def forward(x: Tensor, weight: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def _centre(x: tl.tensor, inside: tl.tensor, d: tl.tensor, eps: tl.tensor):
 
 
 @jit(do_not_specialize=["rows", "per_sample"])
-def _forward_kernel(
+def _norm_kernel(
     x: tl.tensor, residual: tl.tensor, scale: tl.tensor, weight: tl.tensor, bias: tl.tensor,
     total: tl.tensor, out: tl.tensor, rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor,
     eps: tl.tensor,
@@ -58,7 +58,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["rows", "per_sample"])
-def _backward_kernel(
+def _norm_grad_kernel(
     grad: tl.tensor, grad_total: tl.tensor, x: tl.tensor, scale: tl.tensor, weight: tl.tensor,
     grad_residual: tl.tensor, grad_x: tl.tensor, partial: tl.tensor,
     rows: tl.tensor, per_sample: tl.tensor, d: tl.tensor, eps: tl.tensor,
@@ -116,10 +116,10 @@ def _launch(
     sizes = {"rows": rows, "per_sample": rows // max(b, 1), "d": d, "eps": eps}
     sides = {"ADD": add, "SCALE": scale, "BLOCK_R": block_r, "BLOCK_D": block_d}
     if not backward:
-        kernel = _forward_kernel.fixed(**sizes, **sides, num_warps=warps)
+        kernel = _norm_kernel.fixed(**sizes, **sides, num_warps=warps)
         return _Launch(kernel, (ceil_div(rows, block_r),))
     tiles = power_of_2(ceil_div(rows, block_r * MAX_PARTIALS))
-    kernel = _backward_kernel.fixed(**sizes, **sides, TILES=tiles, num_warps=warps)
+    kernel = _norm_grad_kernel.fixed(**sizes, **sides, TILES=tiles, num_warps=warps)
     return _Launch(kernel, (ceil_div(rows, block_r * tiles),))
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from quadmamba.kernels.fused.jit import Kernel
 from quadmamba.kernels.fused.launch import SIZES, ceil_div, power_of_2
 from quadmamba.kernels.fused.predictor.triton import _fold_kernel, _unfold_kernel
-from quadmamba.kernels.fused.predictor.triton_chain import _backward_kernel, _forward_kernel
+from quadmamba.kernels.fused.predictor.triton_chain import _chain_grad_kernel, _chain_kernel
 from quadmamba.kernels.fused.predictor.triton_layers import (
-    _gelu_grad_kernel,
-    _gelu_kernel,
     _head_grad_kernel,
     _head_kernel,
+    _layer_gelu_grad_kernel,
+    _layer_gelu_kernel,
     _standardise_grad_kernel,
     _standardise_kernel,
 )
@@ -133,14 +133,14 @@ def start(widths: Widths) -> Start:
 def chain_forward(rows: int, widths: Widths, eps: float, keep: bool) -> Launch:
     """For (rows, d) tokens. keep: whether backward will want something."""
     sides, grid = _chain_sides(FORWARD, widths), (ceil_div(rows, FORWARD["BLOCK_M"]),)
-    return _fix(_forward_kernel, grid, rows=rows, eps=eps, KEEP=keep, **sides)
+    return _fix(_chain_kernel, grid, rows=rows, eps=eps, KEEP=keep, **sides)
 
 
 @lru_cache(SIZES)
 def chain_backward(rows: int, widths: Widths, add: bool) -> Launch:
     """For (rows, d) tokens. add: whether their gradient is added to another."""
     sides, grid = _chain_sides(BACKWARD, widths), (ceil_div(rows, BACKWARD["BLOCK_M"]),)
-    return _fix(_backward_kernel, grid, rows=rows, ADD=add, **sides)
+    return _fix(_chain_grad_kernel, grid, rows=rows, ADD=add, **sides)
 
 
 def _row_block(width: int) -> tuple[int, int]:
@@ -168,8 +168,8 @@ def layers_forward(rows: int, widths: Widths, eps: float) -> LayersForward:
     grid, head_grid = (ceil_div(rows, block_r),), (ceil_div(rows, head_r),)
     return LayersForward(
         _fix(_standardise_kernel, grid, rows=rows, d=d, eps=eps, **sides),
-        _flat(_gelu_kernel, rows * d),
-        _flat(_gelu_kernel, rows * d2),
+        _flat(_layer_gelu_kernel, rows * d),
+        _flat(_layer_gelu_kernel, rows * d2),
         _fix(_head_kernel, head_grid, rows=rows, d4=d4, BLOCK_R=head_r, D4=head_d),
     )
 
@@ -183,8 +183,8 @@ def layers_backward(rows: int, widths: Widths, add: bool) -> LayersBackward:
     head_sides = {"TILES": HEAD_TILES, "BLOCK_R": head_r, "D4": head_d}
     return LayersBackward(
         _fix(_head_grad_kernel, (_head_programs(rows, d4),), rows=rows, d4=d4, **head_sides),
-        _flat(_gelu_grad_kernel, rows * d2),
-        _flat(_gelu_grad_kernel, rows * d),
+        _flat(_layer_gelu_grad_kernel, rows * d2),
+        _flat(_layer_gelu_grad_kernel, rows * d),
         _fix(_standardise_grad_kernel, (ceil_div(rows, block_r),), rows=rows, d=d, **sides),
     )
 

@@ -74,7 +74,7 @@ def _times(
 
 
 @jit(do_not_specialize=["rows"])
-def _forward_kernel(
+def _chain_kernel(
     x: tl.tensor, matrices: tl.tensor, bias: tl.tensor, w4: tl.tensor, b4: tl.tensor,
     score: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, stats: tl.tensor,
     rows: tl.tensor, eps: tl.tensor, d: tl.constexpr, d2: tl.constexpr, d4: tl.constexpr,
@@ -131,7 +131,7 @@ def _gelu_grad(
 
 
 @jit(do_not_specialize=["rows"])
-def _backward_kernel(
+def _chain_grad_kernel(
     grad: tl.tensor, x: tl.tensor, p1: tl.tensor, p2: tl.tensor, p3: tl.tensor, stats: tl.tensor,
     matrices: tl.tensor, w4: tl.tensor, b4: tl.tensor, g1: tl.tensor, g2: tl.tensor,
     g3: tl.tensor, grad_x: tl.tensor, partial: tl.tensor, rows: tl.tensor,

@@ -58,7 +58,7 @@ def _standardise_grad_kernel(
 
 
 @jit()
-def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
+def _layer_gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at, left = tl.arange(0, BLOCK), size - first
     value = _gelu(tl.load(pre + first + at, mask=at < left, other=0.0).to(tl.float32))
@@ -66,7 +66,7 @@ def _gelu_kernel(pre: tl.tensor, act: tl.tensor, size: tl.tensor, BLOCK: tl.cons
 
 
 @jit()
-def _gelu_grad_kernel(pre: tl.tensor, grad: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
+def _layer_gelu_grad_kernel(pre: tl.tensor, grad: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
     """Gradient of pre over that of its GELU."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     at, left = tl.arange(0, BLOCK), size - first

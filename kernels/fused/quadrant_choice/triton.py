@@ -24,7 +24,7 @@ def _four(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor):
 
 
 @jit(do_not_specialize=["l"])
-def _forward_kernel(
+def _choice_kernel(
     score: tl.tensor, pool: tl.tensor, count: tl.tensor, noise: tl.tensor, choice: tl.tensor,
     soft: tl.tensor, select: tl.tensor, l: tl.tensor, tau: tl.tensor, NOISE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,7 +59,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["l", "blocks"])
-def _backward_kernel(
+def _choice_grad_kernel(
     grad: tl.tensor, soft: tl.tensor, pool: tl.tensor, count: tl.tensor, out: tl.tensor,
     l: tl.tensor, blocks: tl.tensor, tau: tl.tensor, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _backward_kernel(
 @lru_cache(SIZES)
 def _launch(b: int, l: int, tau: float, noise: bool) -> tuple[Callable[..., None], tuple[int]]:
     """Forward, as a function of its tensors, and its grid."""
-    kernel = _forward_kernel.fixed(l=l, tau=tau, NOISE=noise, BLOCK=BLOCK, num_warps=WARPS)
+    kernel = _choice_kernel.fixed(l=l, tau=tau, NOISE=noise, BLOCK=BLOCK, num_warps=WARPS)
     return kernel, (b,)
 
 
@@ -87,7 +87,7 @@ def _launch(b: int, l: int, tau: float, noise: bool) -> tuple[Callable[..., None
 def _launch_backward(b: int, l: int, tau: float) -> tuple[Callable[..., None], tuple[int]]:
     """Backward, as a function of its tensors, and its grid."""
     blocks = ceil_div(l, BLOCK)
-    kernel = _backward_kernel.fixed(l=l, blocks=blocks, tau=tau, BLOCK=BLOCK, num_warps=WARPS)
+    kernel = _choice_grad_kernel.fixed(l=l, blocks=blocks, tau=tau, BLOCK=BLOCK, num_warps=WARPS)
     return kernel, (b * blocks,)
 
 

@@ -16,7 +16,7 @@ BLOCK, WARPS = 4096, 4  # elements of a program
 
 
 @jit(do_not_specialize=["blocks"])
-def _kernel(
+def _scaled_kernel(
     x: tl.tensor, scale: tl.tensor, residual: tl.tensor, out: tl.tensor, size: tl.tensor,
     blocks: tl.tensor, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def _kernel(
 def _launch(b: int, size: int, add: bool) -> tuple[Callable[..., None], tuple[int]]:
     """The kernel for (b, size) as a function of its tensors, and its grid."""
     blocks = ceil_div(size, BLOCK)
-    kernel = _kernel.fixed(size=size, blocks=blocks, ADD=add, BLOCK=BLOCK, num_warps=WARPS)
+    kernel = _scaled_kernel.fixed(size=size, blocks=blocks, ADD=add, BLOCK=BLOCK, num_warps=WARPS)
     return kernel, (b * blocks,)
 
 
