@@ -20,6 +20,7 @@ PACKAGES = {
     "quadmamba.kernels.fused.layer_norm": "kernels/fused/layer_norm",
     "quadmamba.kernels.fused.linear": "kernels/fused/linear",
     "quadmamba.kernels.fused.mlp": "kernels/fused/mlp",
+    "quadmamba.kernels.fused.patch_norm": "kernels/fused/patch_norm",
     "quadmamba.kernels.fused.predictor": "kernels/fused/predictor",
     "quadmamba.kernels.fused.quadrant_choice": "kernels/fused/quadrant_choice",
     "quadmamba.kernels.fused.scaled_add": "kernels/fused/scaled_add",

@@ -13,7 +13,9 @@ from quadmamba.kernels.fused import (
     layer_norm,
     linear,
     mlp,
+    patch_norm,
     scaled_add,
+    takes_patch_norm,
 )
 from quadmamba.models.plain import plain_parts
 
@@ -141,7 +143,12 @@ class Stem(nn.Sequential):
         if not _takes_conv_norm(self, x):
             return super().forward(x)
         conv, norm, _, conv2, norm2 = self
-        return conv_norm(conv_norm(x, conv, norm, gelu=True), conv2, norm2)
+        usual = (conv.stride, conv.padding, conv.dilation) == ((2, 2), (1, 1), (1, 1))
+        if usual and takes_patch_norm(x, conv.weight):
+            x = patch_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+        else:
+            x = conv_norm(x, conv, norm, gelu=True)
+        return conv_norm(x, conv2, norm2)
 
 
 class Downsample(nn.Sequential):
@@ -161,7 +168,7 @@ class Downsample(nn.Sequential):
 
 def conv_norm(x: Tensor, conv: GridConv2d, norm: LayerNorm, *, gelu: bool = False) -> Tensor:
     """norm(conv(x)), or the GELU of it, where the pass of the norm adds the convolution's bias."""
-    grid = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, None, conv.stride, conv.padding)
+    grid = conv._conv_forward(x.permute(0, 3, 1, 2), conv.weight, None)
     grid = grid.permute(0, 2, 3, 1)  # (b, h', w', c')
     return bias_norm(grid, conv.bias, norm.weight, norm.bias, gelu, norm.eps)
 

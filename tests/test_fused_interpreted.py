@@ -21,6 +21,8 @@ from test_fused import (
     relative,
     scaled_case,
 )
+from test_patch_norm import gradients as patch_gradients
+from test_patch_norm import make_grad, patch_case
 
 from quadmamba.kernels.fused import (
     add_layer_norm_ref,
@@ -28,6 +30,7 @@ from quadmamba.kernels.fused import (
     dwconv_silu_ref,
     layer_norm_ref,
     mlp_ref,
+    patch_norm_ref,
     predictor_score_ref,
     scaled_add_ref,
 )
@@ -163,6 +166,36 @@ def test_interpreted_predictor(rows, d, widest, monkeypatch):
     alone, nothing = kernels.forward(x, params, 1e-5, False)
     assert torch.equal(alone, score)
     assert nothing == []
+
+
+def fenced(x):
+    """The numbers of x with NaN before and after them in memory."""
+    fence = x.new_full((4096,), torch.nan)
+    return torch.cat([fence, x.flatten(), fence])[4096:-4096].view(x.shape)
+
+
+@interpreted
+@pytest.mark.usefixtures("_range")
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("programs", [2, 64], ids=["tiles", "programs"])
+@pytest.mark.parametrize("case", [(3, 17, 22, 3, 48), (3, 6, 37, 1, 8), (1, 1, 1, 4, 24)], ids=str)
+def test_interpreted_patch_norm(case, programs, monkeypatch):
+    from quadmamba.kernels.fused.patch_norm import triton as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "GRAD_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_launch", kernels._launch.__wrapped__)
+    inputs, half = {k: fenced(v) for k, v in patch_case(*case).items()}, torch.float16
+    grad = fenced(make_grad(inputs).to(half))
+    double = {k: (v.to(half) if k in ("x", "weight") else v).double() for k, v in inputs.items()}
+    truth = patch_gradients(patch_norm_ref, double, grad)
+    out = kernels.forward(*inputs.values(), 1e-5, half)
+    sums = kernels.backward(grad, *inputs.values(), 1e-5)
+    grads = sums.split([p.numel() for p in list(inputs.values())[1:]])
+    for value, (key, expected) in zip((out, *grads), truth.items()):
+        assert relative(value.view_as(expected), expected) < 5e-4, key
+    sums = kernels.backward(grad, *inputs.values(), 0.0)
+    assert torch.isfinite(sums).all(), "pixels beyond the result have no deviation"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would start itself")

@@ -11,6 +11,7 @@ from quadmamba.kernels.fused.layer_norm import (
 )
 from quadmamba.kernels.fused.linear import linear
 from quadmamba.kernels.fused.mlp import mlp, mlp_ref
+from quadmamba.kernels.fused.patch_norm import patch_norm, patch_norm_ref, takes_patch_norm
 from quadmamba.kernels.fused.predictor import predictor_score, predictor_score_ref
 from quadmamba.kernels.fused.quadrant_choice import quadrant_choice, quadrant_choice_ref
 from quadmamba.kernels.fused.scaled_add import scaled_add, scaled_add_ref
@@ -28,10 +29,13 @@ __all__ = [
     "linear",
     "mlp",
     "mlp_ref",
+    "patch_norm",
+    "patch_norm_ref",
     "predictor_score",
     "predictor_score_ref",
     "quadrant_choice",
     "quadrant_choice_ref",
     "scaled_add",
     "scaled_add_ref",
+    "takes_patch_norm",
 ]
