@@ -143,8 +143,8 @@ class Stem(nn.Sequential):
         if not _takes_conv_norm(self, x):
             return super().forward(x)
         conv, norm, _, conv2, norm2 = self
-        usual = (conv.stride, conv.padding, conv.dilation) == ((2, 2), (1, 1), (1, 1))
-        if usual and takes_patch_norm(x, conv.weight):
+        usual = conv.stride, conv.padding, conv.dilation, conv.padding_mode
+        if usual == ((2, 2), (1, 1), (1, 1), "zeros") and takes_patch_norm(x, conv.weight):
             x = patch_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
         else:
             x = conv_norm(x, conv, norm, gelu=True)
@@ -177,7 +177,11 @@ def _takes_conv_norm(module: Stem | Downsample, x: Tensor) -> bool:
     """Whether `conv_norm` may run in the place of the parts; see `plain_parts`."""
     if torch.compiler.is_compiling() or not is_fused(x) or plain_parts(module) != module.kinds:
         return False
-    return len({part.weight.dtype for part in module if not isinstance(part, nn.GELU)}) == 1
+    if any(isinstance(part, nn.GELU) and part.approximate != "none" for part in module):
+        return False
+    parts = [part for part in module if not isinstance(part, nn.GELU)]
+    params = [param for part in parts for param in (part.weight, part.bias)]
+    return all(p is not None and p.dtype == params[0].dtype for p in params)
 
 
 class Head(nn.Module):

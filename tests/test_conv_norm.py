@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from quadmamba.models import layers
 from quadmamba.models.layers import Downsample, Stem
@@ -61,16 +62,19 @@ def test_the_same_numbers_as_the_parts(name, device, passes):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_parameters_of_several_dtypes_run_by_parts(passes):
-    module, x, _ = make("downsample", "cpu")
-    module[1].double()
-    module(x)
-    assert not passes
+REPLACED = {  # which part of the stem, and what takes its place
+    "activation": (2, lambda _: nn.ReLU()),
+    "tanh": (2, lambda _: nn.GELU(approximate="tanh")),
+    "no bias": (3, lambda _: layers.GridConv2d(16, 32, 3, stride=2, padding=1, bias=False)),
+    "dtype": (4, nn.Module.double),
+}
 
 
-def test_a_replaced_part_runs_by_itself(passes):
+@pytest.mark.parametrize("name", REPLACED)
+def test_parts_of_other_kinds_run_by_themselves(name, passes):
     module, x, _ = make("stem", "cpu")
-    module[2] = torch.nn.ReLU()
+    index, replace = REPLACED[name]
+    module[index] = replace(module[index])
     y = module(x)
     assert not passes
-    assert torch.equal(y, torch.nn.Sequential(*module)(x.permute(0, 2, 3, 1)))
+    assert torch.equal(y, nn.Sequential(*module)(x.permute(0, 2, 3, 1)))

@@ -49,6 +49,11 @@ ERRORS = {  # call, arguments, message
     "add_shapes": (add_layer_norm, zeros((3, 8), (2, 8), 8, 8), "one shape"),
     "add_scale": (add_layer_norm, zeros((3, 8), (3, 8), 8, 8, 2), "expected scale"),
     "scaled_shapes": (scaled_add, zeros((3, 8), (2, 8), 3), "one shape"),
+    "scaled_residual": (
+        scaled_add,
+        (torch.zeros(3, 8, dtype=torch.int64), *zeros((3, 8), 3)),
+        "floating residual",
+    ),
     "scaled_scale": (scaled_add, zeros((3, 8), (3, 8), 2), "expected scale of shape"),
     "linear_weight": (linear, zeros((3, 8), (4, 7)), "expected floating x"),
     "mlp_x": (mlp, zeros((), (8, 4), 8, (4, 8), 4), "floating x"),

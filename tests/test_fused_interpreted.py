@@ -50,7 +50,9 @@ def plain_gradients(ref, inputs, *grads):
 
 @interpreted
 @pytest.mark.usefixtures("_range")
-@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 17, 9, 36)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 3), (1, 17, 9, 36), (1, 29, 5, 64), (2, 57, 3, 130)], ids=str
+)
 def test_interpreted_dwconv_silu(shape):
     from quadmamba.kernels.fused.dwconv_silu import triton as kernels
 
@@ -90,6 +92,7 @@ def test_interpreted_bias_norm(shape, gelu, monkeypatch):
     from quadmamba.kernels.fused.bias_norm import triton as kernels
 
     monkeypatch.setattr(kernels, "MAX_PARTIALS", 2)  # several tiles in a program
+    monkeypatch.setattr(kernels, "_launch", kernels._launch.__wrapped__)
     inputs, grad = bias_norm_case(shape), torch.randn(shape)
     truth = plain_gradients(partial(bias_norm_ref, gelu=gelu), inputs, grad)
     found = kernels.forward(*inputs.values(), gelu, 1e-5, torch.float32)
@@ -103,6 +106,7 @@ def test_interpreted_scaled_add(shape, monkeypatch):
     from quadmamba.kernels.fused.scaled_add import triton as kernels
 
     monkeypatch.setattr(kernels, "BLOCK", 32)  # several programs for a sample
+    monkeypatch.setattr(kernels, "_launch", kernels._launch.__wrapped__)
     inputs, grad = scaled_case(shape), torch.randn(shape)
     truth = plain_gradients(scaled_add_ref, inputs, grad)
     residual, x, scale = inputs.values()
@@ -110,6 +114,8 @@ def test_interpreted_scaled_add(shape, monkeypatch):
     out, grad_x = (kernels.scaled(*call, x.dtype) for call in calls)
     found = out, grad, grad_x
     torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
+    mixed = kernels.scaled(x.half(), scale, residual, torch.float32)
+    torch.testing.assert_close(mixed, scaled_add_ref(residual, x.half(), scale), rtol=0, atol=1e-6)
 
 
 @pytest.fixture

@@ -193,7 +193,9 @@ def test_drop_path_drops_samples_and_keeps_the_mean(rate):
     assert model.eval()._drop_path_scales(4) == [(None, None)] * 6
 
 
-def test_a_dropped_sample_passes_a_block_unchanged():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_dropped_sample_passes_a_block_unchanged(fused, monkeypatch):
+    monkeypatch.setattr(layers, "is_fused", lambda _: fused)  # as on a GPU
     model = tiny().eval()
     x, block = torch.randn(2, 4, 4, 8), model.stages[0][0]
     scale = torch.tensor([0.0, 2.0])

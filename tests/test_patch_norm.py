@@ -297,7 +297,11 @@ def test_an_image_that_requires_a_gradient_gets_one(device, taken):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("change", [{"stride": 1}, {"padding": 2}, {"padding": 2, "dilation": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"stride": 1}, {"padding": 2}, {"padding": 2, "dilation": 2}, {"padding_mode": "reflect"}],
+    ids=str,
+)
 def test_a_first_convolution_of_another_kind_is_no_patch(device, change, taken):
     stem, x = layers.Stem(3, 96).to(device), torch.randn(2, 3, 17, 22, device=device)
     stem[0] = layers.GridConv2d(3, 48, 3, **{"stride": 2, "padding": 1, **change}).to(device)

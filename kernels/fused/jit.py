@@ -35,8 +35,9 @@ class Kernel:
 
         constants: those arguments and options such as `num_warps`; no launch looks at them again.
         The others are tensors, None, or tuples of these. The key of a compiled kernel tells of them
-        more than Triton asks for, never less: device; dtype, kind of device and 16-byte alignment
-        of each tensor. To be kept for many launches, as by `functools.lru_cache`.
+        more than Triton asks for on NVIDIA's GPUs, never less: device; dtype, kind of device and
+        16-byte alignment of each tensor. Triton's own switches (`triton.knobs`) count as they are
+        at the first launch. To be kept for many launches, as by `functools.lru_cache`.
         """
         jitted, kept = self.jitted, {}
         if self.interpreted:
@@ -47,6 +48,7 @@ class Kernel:
         device_now, stream_of = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
         def launch(grid: tuple[int, ...], *args: Any) -> None:
+            """Launch, by the compiled kernel where this key had one before."""
             device = device_now()
             key: list[Hashable] = [device, grid]
             values = _look(args, key)

@@ -67,7 +67,7 @@ def _bias_norm_grad_kernel(
         if GELU:
             before = normed * gain + start
             share, bell = _normal(before)
-            g *= share + before * bell * 0.39894228
+            g *= share + before * bell * 0.39894228  # 1 / sqrt(2 pi)
         inner = g * gain
         along = tl.sum(inner * normed, 1) / d
         result = (inner - (tl.sum(inner, 1) / d)[:, None] - normed * along[:, None]) * rstd[:, None]

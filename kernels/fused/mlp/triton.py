@@ -64,7 +64,7 @@ def _rows_kernel(
         if GELU:
             x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
             normal, bell = _normal(x)
-            g *= normal + x * bell * 0.39894228
+            g *= normal + x * bell * 0.39894228  # 1 / sqrt(2 pi)
             tl.store(out + at, (x * normal).to(out.dtype.element_ty), mask=inside)
             tl.store(grad + at, g.to(grad.dtype.element_ty), mask=inside)
         total += g

@@ -139,7 +139,8 @@ def _patch_norm_grad_kernel(
         normed = centred * rstd[:, None]
         before = normed * scale + start
         share, bell = _normal(before)
-        g = tl.where(real, g * (share + before * bell * 0.39894228), 0.0)
+        g *= share + before * bell * 0.39894228  # 1 / sqrt(2 pi)
+        g = tl.where(real, g, 0.0)
         inner = g * scale
         along = tl.sum(inner * normed, 1) / c
         result = (inner - (tl.sum(inner, 1) / c)[:, None] - normed * along[:, None]) * rstd[:, None]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def check_scaled_add(residual: Tensor, x: Tensor, scale: Tensor) -> None:
     """Raise ValueError unless residual, x are floating (b, ...) of one shape and scale is (b)."""
-    if residual.shape != x.shape or x.dim() < 1 or not x.is_floating_point():
+    floating = residual.is_floating_point() and x.is_floating_point()
+    if residual.shape != x.shape or x.dim() < 1 or not floating:
         raise ValueError(
             "scaled_add: expected floating residual and x of one shape (b, ...), "
             f"got {residual.dtype} {tuple(residual.shape)} and {x.dtype} {tuple(x.shape)}"
