@@ -50,6 +50,17 @@ def power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def row_block(d: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of a block of whole rows of d numbers, about `tile` in all."""
+    columns = power_of_2(d)
+    return max(1, tile // columns), columns
+
+
+def row_warps(columns: int, least: int) -> int:
+    """Warps for a block that is a single row."""
+    return min(16, max(least, columns // 512))
+
+
 def check_half_or_single(op: str, *tensors: Tensor) -> None:
     """Raise ValueError unless every tensor is float16, bfloat16 or float32."""
     for tensor in tensors:

@@ -13,7 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import MAX_PARTIALS, SIZES, ceil_div, device_of, power_of_2
+from quadmamba.kernels.fused.launch import (
+    MAX_PARTIALS,
+    SIZES,
+    ceil_div,
+    device_of,
+    power_of_2,
+    row_block,
+    row_warps,
+)
 from quadmamba.kernels.fused.layer_norm.triton import MAX_D, _centre
 from quadmamba.kernels.fused.mlp.triton import _normal
 
@@ -89,9 +97,8 @@ def _launch(
     if d > MAX_D:
         raise ValueError(f"bias_norm: expected at most {MAX_D} channels on CUDA, got {d}")
     tile, warps = (GRAD_TILE, GRAD_WARPS) if backward else (TILE, WARPS)
-    block_d = power_of_2(d)
-    block_r = max(1, tile // block_d)
-    warps = warps if block_r > 1 else min(16, max(warps, block_d // 512))
+    block_r, block_d = row_block(d, tile)
+    warps = warps if block_r > 1 else row_warps(block_d, warps)
     sides = {"GELU": gelu, "BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
     sizes = {"rows": rows, "d": d, "eps": eps}
     if not backward:

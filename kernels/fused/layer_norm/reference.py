@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quadmamba.kernels.fused.scaled_add.reference import scale_rows
+
 
 def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise ValueError unless x is floating (..., d) and weight and bias are (d)."""
@@ -69,9 +71,7 @@ def add_layer_norm_ref(
     """
     check_add(residual, x, scale)
     dtype = torch.promote_types(residual.dtype, torch.float32)
-    branch = x.to(dtype)
-    if scale is not None:
-        branch = branch * scale.detach().to(dtype).view(-1, *[1] * (x.dim() - 1))
+    branch = x.to(dtype) if scale is None else scale_rows(x.to(dtype), scale, dtype)
     total = (residual.to(dtype) + branch).to(residual.dtype)
     return total, layer_norm_ref(total, weight, bias, eps, out_dtype or x.dtype)
 

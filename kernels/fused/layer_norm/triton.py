@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quadmamba.kernels.fused.jit import jit
-from quadmamba.kernels.fused.launch import MAX_PARTIALS, SIZES, ceil_div, device_of, power_of_2
+from quadmamba.kernels.fused.launch import (
+    MAX_PARTIALS,
+    SIZES,
+    ceil_div,
+    device_of,
+    power_of_2,
+    row_block,
+    row_warps,
+)
 
 TILE, WARPS = 2048, 4  # elements of a program's tile
 GRAD_TILE, GRAD_WARPS, ADD_GRAD_WARPS = 512, 2, 1
@@ -109,10 +117,9 @@ def _launch(
     if d > MAX_D:
         raise ValueError(f"layer_norm: expected at most {MAX_D} channels on CUDA, got {d}")
     tile, warps = (GRAD_TILE, ADD_GRAD_WARPS if add else GRAD_WARPS) if backward else (TILE, WARPS)
-    block_d = power_of_2(d)
-    block_r = max(1, tile // block_d)
+    block_r, block_d = row_block(d, tile)
     if block_r == 1:  # a warp takes a row of 512 by itself, as sums then stay within it
-        warps = min(16, max(1 if backward else warps, block_d // 512))
+        warps = row_warps(block_d, 1 if backward else warps)
     sizes = {"rows": rows, "per_sample": rows // max(b, 1), "d": d, "eps": eps}
     sides = {"ADD": add, "SCALE": scale, "BLOCK_R": block_r, "BLOCK_D": block_d}
     if not backward:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from quadmamba.kernels.fused.jit import Kernel
-from quadmamba.kernels.fused.launch import SIZES, ceil_div, power_of_2
+from quadmamba.kernels.fused.launch import SIZES, ceil_div, power_of_2, row_block
 from quadmamba.kernels.fused.predictor.triton import _fold_kernel, _unfold_kernel
 from quadmamba.kernels.fused.predictor.triton_chain import _chain_grad_kernel, _chain_kernel
 from quadmamba.kernels.fused.predictor.triton_layers import (
@@ -143,15 +143,9 @@ def chain_backward(rows: int, widths: Widths, add: bool) -> Launch:
     return _fix(_chain_grad_kernel, grid, rows=rows, ADD=add, **sides)
 
 
-def _row_block(width: int) -> tuple[int, int]:
-    """Rows and columns of a block of whole rows."""
-    block = power_of_2(width)
-    return max(1, TILE // block), block
-
-
 def _head_programs(rows: int, d4: int) -> int:
     """Programs that take the last layer's gradient between products."""
-    return ceil_div(rows, _row_block(d4)[0] * HEAD_TILES)
+    return ceil_div(rows, row_block(d4, TILE)[0] * HEAD_TILES)
 
 
 def _flat(kernel: Kernel, size: int) -> Launch:
@@ -163,7 +157,7 @@ def _flat(kernel: Kernel, size: int) -> Launch:
 def layers_forward(rows: int, widths: Widths, eps: float) -> LayersForward:
     """For (rows, d) tokens."""
     d, d2, d4 = widths
-    (block_r, block_d), (head_r, head_d) = _row_block(d), _row_block(d4)
+    (block_r, block_d), (head_r, head_d) = row_block(d, TILE), row_block(d4, TILE)
     sides = {"BLOCK_R": block_r, "BLOCK_D": block_d}
     grid, head_grid = (ceil_div(rows, block_r),), (ceil_div(rows, head_r),)
     return LayersForward(
@@ -178,7 +172,7 @@ def layers_forward(rows: int, widths: Widths, eps: float) -> LayersForward:
 def layers_backward(rows: int, widths: Widths, add: bool) -> LayersBackward:
     """For (rows, d) tokens. add: whether their gradient is added to another."""
     d, d2, d4 = widths
-    (block_r, block_d), (head_r, head_d) = _row_block(d), _row_block(d4)
+    (block_r, block_d), (head_r, head_d) = row_block(d, TILE), row_block(d4, TILE)
     sides = {"ADD": add, "BLOCK_R": block_r, "BLOCK_D": block_d}
     head_sides = {"TILES": HEAD_TILES, "BLOCK_R": head_r, "D4": head_d}
     return LayersBackward(
