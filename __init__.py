@@ -1,5 +1,12 @@
 """QuadMamba: a vision backbone that scans a learned quadtree partition of the image."""
 
-from quadmamba.models import QuadMamba, build_model
-
 __all__ = ["QuadMamba", "build_model"]
+
+
+def __getattr__(name: str) -> object:
+    """QuadMamba and build_model, which take torch with them, once they are asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from quadmamba import models
+
+    return getattr(models, name)

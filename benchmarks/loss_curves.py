@@ -26,8 +26,8 @@ from torch.utils.data import DistributedSampler
 from benchmarks.bench_models import CONFIGS, machine
 from quadmamba.configs import load_cfg
 from quadmamba.data import DataError, build_loaders
-from quadmamba.main import build_stepper, placed
 from quadmamba.models import build_model
+from quadmamba.modes import build_stepper, placed
 from quadmamba.utils.distributed import World
 from quadmamba.utils.engine import seed_step
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from quadmamba.main import main
-from quadmamba.utils.distributed import run_and_leave
+from quadmamba.utils.launch import run_and_leave
 from quadmamba.utils.stepper import Stepper
 from quadmamba.utils.watch import Watch
 

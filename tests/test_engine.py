@@ -7,8 +7,9 @@ import torch
 from runs import two_ranks
 from torch import nn
 
-from quadmamba.utils.distributed import DeviceError, RankError, World, first_host, world_from_env
+from quadmamba.utils.distributed import RankError, World
 from quadmamba.utils.hunt import first_not_finite
+from quadmamba.utils.launch import DeviceError, Place, first_host, place_from_env
 from quadmamba.utils.stepper import Stepper, build_criterion, with_synced_norms
 
 
@@ -210,12 +211,12 @@ SLURM = {
 
 def test_world_from_the_environment():
     torchrun = {"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
-    assert world_from_env({}) == World()
-    assert world_from_env(torchrun) == World(3, 1, 2, 4, launched=True)
-    assert world_from_env(torchrun | SLURM) == World(3, 1, 2, 4, launched=True)
-    assert world_from_env(SLURM) == World(9, 1, 8, 16, launched=True)
+    assert place_from_env({}) == Place()
+    assert place_from_env(torchrun) == Place(3, 1, 2, 4, launched=True)
+    assert place_from_env(torchrun | SLURM) == Place(3, 1, 2, 4, launched=True)
+    assert place_from_env(SLURM) == Place(9, 1, 8, 16, launched=True)
     with pytest.raises(DeviceError, match="LOCAL_RANK"):
-        world_from_env({"RANK": "0"})
+        place_from_env({"RANK": "0"})
 
 
 @pytest.mark.parametrize(
@@ -239,11 +240,12 @@ import sys
 import torch
 sys.path.insert(0, "tests")
 from quadmamba.models import QuadMamba
-from quadmamba.utils.distributed import RankError, join, world_from_env
+from quadmamba.utils.distributed import RankError, join
+from quadmamba.utils.launch import place_from_env
 from test_engine import batch, gradients, make_stepper, weights
 
 images, targets = batch(16)
-with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
+with join(place_from_env(), torch.device("cpu"), (), timeout=60) as world:
     mine = slice(8 * world.rank, 8 * world.rank + 8)
     whole, half, parts = make_stepper(), make_stepper(world), make_stepper(world, accum=2)
     whole.backward(images, targets, parts=1, last=True)

@@ -88,12 +88,13 @@ import sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, "tests")
-from quadmamba.utils.distributed import join, world_from_env
+from quadmamba.utils.distributed import join
+from quadmamba.utils.launch import place_from_env
 from test_exchange import check_faults, check_means, check_weights
 
 sums, all_reduce = [], dist.all_reduce
 dist.all_reduce = lambda flat, **how: sums.append(flat.numel()) or all_reduce(flat, **how)
-with join(world_from_env(), torch.device("cpu"), (), timeout=60) as world:
+with join(place_from_env(), torch.device("cpu"), (), timeout=60) as world:
     assert check_means(world, sums, 2**20) == 3  # a bucket for each type
     assert check_means(world, sums, 160) == 6  # 60 + 4, 288, 160, 24 bytes; two types
     assert check_means(world, sums, 1) == 7  # a bucket for each parameter

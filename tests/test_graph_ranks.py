@@ -16,15 +16,16 @@ from torch import nn
 
 from quadmamba.models import QuadMamba
 from quadmamba.utils import graph_stepper
-from quadmamba.utils.distributed import RankError, join, world_from_env
+from quadmamba.utils.distributed import RankError, join
 from quadmamba.utils.graph_stepper import GraphStepper
+from quadmamba.utils.launch import place_from_env
 from quadmamba.utils.stepper import Stepper
 
 TOLERANCES = {"cpu": (1e-5, 1e-5), "cuda": (1e-2, 5e-2)}  # relative: loss and gradient norm
 RANKS = """
 import sys
 sys.path.insert(0, "tests")
-from quadmamba.utils.distributed import run_and_leave
+from quadmamba.utils.launch import run_and_leave
 from test_graph_ranks import check
 
 def program():
@@ -49,7 +50,7 @@ class Unrecorded:
 
 def check(where):
     """What each rank does; where: "cpu", "shared" (one GPU for all, gloo) or "nccl"."""
-    world = world_from_env()
+    world = place_from_env()
     gpu = torch.device("cuda", world.local_rank if where == "nccl" else 0)
     with join(world, gpu if where == "nccl" else torch.device("cpu"), (), timeout=300) as world:
         if where == "cpu":

@@ -8,9 +8,10 @@ from runs import arguments, run, two_ranks
 from torch import nn
 
 from quadmamba.models import QuadMamba
-from quadmamba.utils.distributed import DeviceError, World
+from quadmamba.utils.distributed import World
 from quadmamba.utils.graph_stepper import GraphStepper, stepper_kind
 from quadmamba.utils.graphs import GraphedBackward, GraphedCall
+from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.stepper import Stepper
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -29,7 +29,8 @@ from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
-from quadmamba.utils.distributed import DeviceError, World, choose_device
+from quadmamba.utils.distributed import World, choose_device
+from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.receptive_field import field_image
 from quadmamba.utils.scan_path import path_images
 from quadmamba.utils.views import quad_blocks

@@ -1,37 +1,27 @@
-"""Processes of a run: who this one is, its device, and what all of them agree on.
+"""Processes of a run: the device of this one, and what all of them agree on.
 
-One entry for plain python, torchrun, torch.distributed.launch and srun: rank, local rank and world
-size come from the environment. NCCL on GPUs, gloo on CPUs.
+NCCL on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
-import re
-import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quadmamba.utils.launch import CRASH, USER_ERROR, DeviceError, Place, first_host
 from quadmamba.utils.meeting import fresh_part
-from quadmamba.utils.watch import CRASH, USER_ERROR, Watch
+from quadmamba.utils.watch import Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
-_MARKS = ("RANK", "SLURM_STEP_NUM_TASKS")  # variables of a launcher
 _stores: list[dist.Store] = []  # of this process; rank 0's has a server in it, a thread of C++
-
-
-class DeviceError(RuntimeError):
-    """The device or the process layout that was asked for does not exist here."""
 
 
 class RankError(RuntimeError):
@@ -46,24 +36,10 @@ class RankError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among those of the run.
+class World(Place):
+    """This process among those of the run: its place, its device, and words with the others."""
 
-    rank, size: over all nodes. local_rank, local_size: on this node. launched: a launcher started
-    it, so there is a process group.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    local_size: int = 1
-    size: int = 1
-    launched: bool = False
     device: torch.device = torch.device("cpu")
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that reports and writes."""
-        return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over the ranks, on every rank."""
@@ -99,44 +75,7 @@ class World:
             )
 
 
-def world_from_env(env: Mapping[str, str] = os.environ) -> World:
-    """Rank, local rank and sizes from torchrun's variables or a Slurm step's; else a world of one.
-
-    Raises DeviceError where a variable is missing or is not a number.
-    """
-    names = (
-        ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-        (
-            "SLURM_PROCID",
-            "SLURM_LOCALID",
-            "SLURM_STEP_TASKS_PER_NODE",
-            "SLURM_STEP_NUM_TASKS",
-        ),
-    )
-    for mark, variables in zip(_MARKS, names):
-        if mark in env:
-            rank, local_rank, local_size, size = (_number(env, name) for name in variables)
-            return World(rank, local_rank, local_size, size, launched=True)
-    return World()
-
-
-def _number(env: Mapping[str, str], name: str) -> int:
-    found = re.match(r"\d+", env.get(name, ""))  # Slurm writes tasks per node as "4(x2)"
-    if not found:
-        raise DeviceError(
-            f"expected a number in the environment variable {name}, got {env.get(name)!r}; "
-            "start with python, torchrun or srun"
-        )
-    return int(found[0])
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: "node[003-005,9],login1" -> "node003"."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?", nodes)
-    return found[1] + (found[2] or "") if found else nodes
-
-
-def choose_device(kind: str, world: World) -> torch.device:
+def choose_device(kind: str, place: Place) -> torch.device:
     """The device of this rank: `kind` is auto (a GPU if there is one), cpu or cuda.
 
     Raises DeviceError, on all ranks of the node alike, where there are fewer GPUs than processes.
@@ -146,18 +85,18 @@ def choose_device(kind: str, world: World) -> torch.device:
         raise DeviceError(
             "DEVICE cuda: expected a GPU, found none; use DEVICE cpu or check the driver"
         )
-    if count and world.local_size > count:
+    if count and place.local_size > count:
         raise DeviceError(
             f"expected at most {count} processes on this node, one per GPU, "
-            f"got {world.local_size}; lower --nproc_per_node or use DEVICE cpu; under Slurm ask "
+            f"got {place.local_size}; lower --nproc_per_node or use DEVICE cpu; under Slurm ask "
             "with --gpus-per-node, so that a task sees all GPUs of its node"
         )
-    return torch.device("cuda", world.local_rank) if count else torch.device("cpu")
+    return torch.device("cuda", place.local_rank) if count else torch.device("cpu")
 
 
 @contextmanager
 def join(
-    world: World, device: torch.device, errors: tuple[type[Exception], ...], *, timeout: float
+    place: Place, device: torch.device, errors: tuple[type[Exception], ...], *, timeout: float
 ) -> Iterator[World]:
     """Enter the process group of a launched run (NCCL or gloo by device) and leave it at the end.
 
@@ -167,7 +106,7 @@ def join(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world = replace(world, device=device)
+    world = World(**asdict(place), device=device)
     if not world.launched:
         yield world
         return
@@ -198,30 +137,6 @@ def join(
         dist.destroy_process_group()
     finally:
         watch.stop()
-
-
-def run_and_leave(program: Callable[[], int]) -> NoReturn:
-    """Run `program` and end the process with the exit code that it returns.
-
-    A launched process does all but take the interpreter down: threads of the store and of the group
-    may still run in C++ there, and end it by an abort ("terminate called without an active
-    exception") when all has been done and said.
-    """
-    if not any(mark in os.environ for mark in _MARKS):
-        sys.exit(program())
-    code = CRASH
-    try:
-        code = program()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else CRASH
-    finally:
-        if sys.exc_info()[1] is not None:
-            sys.excepthook(*sys.exc_info())
-        threading._shutdown()  # a checkpoint that is being written is written to its end
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _tell(watch: Watch, world: World, text: str, code: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quadmamba.utils.distributed import DeviceError, World
+from quadmamba.utils.distributed import World
 from quadmamba.utils.exchange import GradientMean, share_weights
 from quadmamba.utils.graphs import GraphedBackward
+from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.stepper import Stepper
 
 

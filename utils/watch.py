@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-# Exit codes of the program
-CRASH, USER_ERROR, STOPPED = 1, 2, 3
+from quadmamba.utils.launch import CRASH
+
 _FAILED, _SUSPECT, _SEEN, _DONE, _GONE = "failed", "suspect", "seen", "done", "gone"
 _BEAT_S = 0.5
 _SUSPECT_S = 3.0  # silence that counts as death once a collective has failed
