@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if place.is_main:
             info(cfg)
         return 0
-    from quadmamba.modes import run_mode
+    from quadmamba.utils.modes import run_mode
 
     return run_mode(cfg, place)
 

@@ -27,9 +27,9 @@ from benchmarks.bench_models import CONFIGS, machine
 from quadmamba.configs import load_cfg
 from quadmamba.data import DataError, build_loaders
 from quadmamba.models import build_model
-from quadmamba.modes import build_stepper, placed
 from quadmamba.utils.distributed import World
 from quadmamba.utils.engine import seed_step
+from quadmamba.utils.modes import build_stepper, placed
 
 # TRAIN.AMP and TRAIN.COMPILE of each curve; the first is what the others are compared with
 VARIANTS = {

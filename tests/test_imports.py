@@ -11,9 +11,8 @@ ALLOWED = {  # which parts of the project each part may import
     "kernels": set(),
     "models": {"kernels"},
     "data": set(),
-    "utils": {"models"},
-    "modes": {"configs", "data", "models", "utils"},
-    "main": {"configs", "models", "modes", "utils"},
+    "utils": {"configs", "data", "models"},
+    "main": {"configs", "models", "utils"},
 }
 
 
@@ -27,9 +26,7 @@ def imports(path):
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_imports_point_one_way(part):
-    files = (
-        [ROOT / f"{part}.py"] if part in ("main", "modes") else sorted((ROOT / part).rglob("*.py"))
-    )
+    files = [ROOT / "main.py"] if part == "main" else sorted((ROOT / part).rglob("*.py"))
     files = [path for path in files if path.name != "setup.py"]
     assert files
     for path in files:

@@ -32,13 +32,13 @@ from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.data import DataError
 from quadmamba.data.canvases import Canvases, CanvasLoader, read_canvases
 from quadmamba.models import build_model
-from quadmamba.modes import build_stepper, placed
 from quadmamba.utils import ablation, engine
 from quadmamba.utils.checkpoint import CheckpointError, plain
 from quadmamba.utils.complexity import report
 from quadmamba.utils.distributed import RankError, World, choose_device
 from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.logging import OutputError, RunLog, make_output
+from quadmamba.utils.modes import build_stepper, placed
 from quadmamba.utils.progress import Progress, Window
 from quadmamba.utils.resume import resume
 from quadmamba.utils.signals import StopRequest
