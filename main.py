@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from yacs.config import CfgNode
 
-from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs import ConfigError, load_cfg, packaged
 from quadmamba.utils.launch import DeviceError, Place, place_from_env, run_and_leave, stop
 
-CONFIGS = Path(__file__).parent / "configs"
 # Flag, the configuration key that it spells, type, help
 FLAGS = (
     ("--data-path", "DATA.PATH", str, "folder that holds train/ and val/"),
@@ -46,7 +44,7 @@ def configure(argv: Sequence[str] | None) -> CfgNode:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--cfg", metavar="YAML", help="configuration file")
+    parser.add_argument("--cfg", metavar="YAML", help="a file, or a name as digits")
     modes = parser.add_mutually_exclusive_group()
     for mode in ("eval", "throughput", "info"):
         modes.add_argument(f"--{mode}", dest="MODE", action="store_const", const=mode)
@@ -59,8 +57,10 @@ def configure(argv: Sequence[str] | None) -> CfgNode:
     path, opts = flags.pop("cfg", None), flags.pop("opts", [])
     flags.pop("local_rank", None)
     if path is None:
-        names = "\n".join(f"  {file}" for file in sorted(CONFIGS.glob("*.yaml")))
-        raise ConfigError(f"--cfg: expected a configuration file, got none; there are\n{names}")
+        names = "\n".join(f"  {name}" for name in packaged())
+        raise ConfigError(
+            f"--cfg: expected a YAML file or the name of one, got none; there are\n{names}"
+        )
     cfg = load_cfg(path, flags, opts)
     if cfg.MODE == "eval" and not (cfg.TRAIN.PRETRAINED or cfg.TRAIN.RESUME):
         raise ConfigError("--eval: expected weights, got none; give them with --pretrained CKPT")

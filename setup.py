@@ -26,6 +26,7 @@ PACKAGES = {
     "quadmamba.kernels.fused.scaled_add": "kernels/fused/scaled_add",
     "quadmamba.kernels.nodes": "kernels/nodes",
     "quadmamba.data": "data",
+    "quadmamba.tools": "tools",
     "quadmamba.utils": "utils",
 }
 

@@ -42,7 +42,6 @@ from quadmamba.models.ss2d import SS2D
 from quadmamba.utils.graphs import GraphedBackward, GraphedCall
 from quadmamba.utils.stepper import backward_here
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PROVIDERS = ("ours", "graph", "reference", "official")
 Row = dict[str, object]
@@ -89,7 +88,7 @@ def time_directions(forward: Callable[[], Tensor], leaves: list[Tensor]) -> dict
 def stages(names: list[str], batch: int) -> Iterator[tuple[str, int, Block, tuple[int, ...]]]:
     """(model, stage, block, shape of its input) of every stage of the named configurations."""
     for name in names:
-        model = build_model(load_cfg(CONFIGS / f"{name}.yaml")).cuda()
+        model = build_model(load_cfg(name)).cuda()
         for i, blocks in enumerate(model.stages):
             side = 224 // model.strides[i]
             yield name, i + 1, blocks[-1], (batch, side, side, model.out_channels[i])

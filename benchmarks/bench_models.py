@@ -35,7 +35,6 @@ from quadmamba.utils.graphs import GraphedBackward, GraphedCall
 from quadmamba.utils.stepper import autocast, backward_here
 from quadmamba.utils.throughput import timed
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSES = 1000
 GROWN = "quadmamba_small"
 OURS = (GROWN, "quadmamba_base", "quadmamba_lite", "quadmamba_tiny")
@@ -74,7 +73,7 @@ class Trial:
         ours = case.model in OURS
         drop_path, channels_last = (0.0, True) if ours else PEERS[case.model]
         if ours:
-            self.model: nn.Module = build_model(load_cfg(CONFIGS / f"{case.model}.yaml"), CLASSES)
+            self.model: nn.Module = build_model(load_cfg(case.model), CLASSES)
         else:
             self.model = timm.create_model(
                 case.model, num_classes=CLASSES, drop_path_rate=drop_path

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from benchmarks.bench_models import CONFIGS, machine
+from benchmarks.bench_models import machine
 from quadmamba.configs import load_cfg
 from quadmamba.data import DataError, build_loaders
 from quadmamba.models import build_model
@@ -53,7 +53,7 @@ def settings(args: argparse.Namespace, variant: str) -> dict[str, object]:
 
 def batches_of(args: argparse.Namespace) -> tuple[Batches, int]:
     """As many training batches as there are steps, on the device; and their number in an epoch."""
-    cfg = load_cfg(CONFIGS / "digits.yaml", settings(args, "fp32"))
+    cfg = load_cfg("digits", settings(args, "fp32"))
     loader = build_loaders(cfg, rank=0, world_size=1, with_train=True).train
     batches: Batches = []
     while len(batches) < args.steps:
@@ -64,7 +64,7 @@ def batches_of(args: argparse.Namespace) -> tuple[Batches, int]:
 
 def train(args: argparse.Namespace, variant: str, batches: Batches, epoch: int) -> list[float]:
     """The loss of each step; epoch: steps in an epoch, for the schedule."""
-    cfg = load_cfg(CONFIGS / "digits.yaml", settings(args, variant))
+    cfg = load_cfg("digits", settings(args, variant))
     world = World(device=torch.device(args.device))
     torch.manual_seed(cfg.TRAIN.SEED)
     model = placed(build_model(cfg, num_classes=10), world).train()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from yacs.config import CfgNode
 from quadmamba.configs.defaults import _C
 
 ORDERS = ("quadtree", "release", "raster", "window")
+_PACKAGED = Path(__file__).parent
 _CHOICES = {
     "MODEL.SELECTION": ("predictor", "random", "first"),
     "MODE": ("train", "eval", "throughput", "info"),
@@ -81,12 +83,13 @@ def load_cfg(
 ) -> CfgNode:
     """Merge defaults < YAML at `path` < `flags` < `opts`, check the result and freeze it.
 
-    flags: values by dotted key, as {"DATA.BATCH_SIZE": 64}. opts: KEY VALUE pairs, values as YAML.
+    path: a file, or the name of a packaged one: quadmamba_small, from any folder. flags: values by
+    dotted key, as {"DATA.BATCH_SIZE": 64}. opts: KEY VALUE pairs, values as YAML.
     Raises ConfigError for a missing file, an unknown key, a wrong type or an impossible value.
     """
     cfg = _C.clone()
     if path is not None:
-        _merge(cfg, dict(_flatten(_read_yaml(Path(path)))), f"in {path}")
+        _merge(cfg, dict(_flatten(_read_yaml(_find(path)))), f"in {path}")
     _merge(cfg, dict(flags or {}), "on the command line")
     if len(opts) % 2:
         raise ConfigError(
@@ -97,6 +100,11 @@ def load_cfg(
     check_cfg(cfg)
     cfg.freeze()
     return cfg
+
+
+def packaged() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in _PACKAGED.glob("*.yaml"))
 
 
 def get_key(cfg: CfgNode, key: str) -> object:
@@ -204,12 +212,26 @@ def _check_recipe(cfg: CfgNode) -> None:
         )
 
 
+def _find(path: str | Path) -> Path:
+    """The file at `path`, or else the packaged one of that name, with or without its ending."""
+    path = Path(path).expanduser()
+    if os.path.isfile(path):
+        return path
+    name, names = path.name.removesuffix(".yaml"), packaged()
+    if name in names and path.parent in (Path(), Path("configs")):
+        return _PACKAGED / f"{name}.yaml"
+    if os.path.exists(path):  # a pipe may be read, a folder may not
+        if not path.is_dir():
+            return path
+        raise ConfigError(f"--cfg: expected a YAML file or a name, got the folder {path}")
+    beside = {file.name: str(file) for file in path.parent.glob("*.yaml")}
+    choices = {known: known for known in names} | beside
+    near = difflib.get_close_matches(path.name, choices, 1)
+    hint = f"; did you mean {choices[near[0]]}?" if near else ""
+    raise ConfigError(f"--cfg: no such file: {path}{hint}\npackaged, by name: {', '.join(names)}")
+
+
 def _read_yaml(path: Path) -> Mapping[str, object]:
-    if not path.is_file():
-        names = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"--cfg: no such file: {path}{hint}")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

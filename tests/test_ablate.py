@@ -14,9 +14,9 @@ from quadmamba.configs import load_cfg
 from quadmamba.data import DataError
 from quadmamba.data.canvases import CanvasLoader, read_canvases
 from quadmamba.models import QuadMamba, build_model
+from quadmamba.tools import ablate
 from quadmamba.utils import ablation
 from quadmamba.utils.views import centre_rates, quad_blocks
-from tools import ablate
 
 SIZE = 32
 TINY = ["MODEL.DIMS", "[8,8,8,8]", "MODEL.DEPTHS", "[2,1,1,1]", "DATA.IMG_SIZE", str(SIZE)]
@@ -132,7 +132,7 @@ def test_every_row_of_every_table_is_a_model_of_its_own():
         seen = set()
         for keys in rows.values():
             opts = [w for k, v in keys.items() for w in (f"MODEL.{k}", json.dumps(v))]
-            cfg = load_cfg(ablate.CONFIG, opts=[*opts, "MODEL.DIMS", "[8,8,8,8]"])
+            cfg = load_cfg("ablation", opts=[*opts, "MODEL.DIMS", "[8,8,8,8]"])
             model = build_model(cfg, 10)
             with torch.no_grad():
                 assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from runs import finish, start, write_images
 
-from tools.check_data import main
+from quadmamba.tools.check_data import main
 
 
 def save(path, mode="RGB", side=64):

@@ -105,5 +105,45 @@ def test_bad_files(tmp_path):
         load_cfg(path)
 
 
+NAMES = (*("quadmamba_lite", "quadmamba_lite.yaml"), Path("configs/quadmamba_lite.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES, ids=str)
+def test_M8_a_packaged_configuration_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quadmamba_lite").mkdir()  # a folder, as a run of this name makes
+    cfg = load_cfg(name)
+    assert (cfg.MODEL.NAME, cfg.MODEL.DIMS) == ("quadmamba_lite", [48, 96, 192, 384])
+
+
+def test_M8_a_file_at_the_given_path_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "configs").mkdir()
+    for name in ("digits", "configs/digits.yaml"):
+        (tmp_path / name).write_text("TAG: mine")
+    for path in ("digits", "configs/digits.yaml", "~/digits"):
+        assert load_cfg(path).TAG == "mine", path
+    assert load_cfg("digits.yaml").TAG == "default"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("quadmamba_smal", r"no such file: quadmamba_smal; did you mean quadmamba_small\?"),
+        (
+            "../configs/digits.yaml",
+            r"no such file: .*; did you mean digits\?\npackaged, by name:",
+        ),
+        ("", "expected a YAML file or a name, got the folder ."),
+        ("x" * 300, "no such file: xxx"),
+    ],
+)
+def test_M8_what_is_not_found_is_said_with_the_names(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        load_cfg(path)
+
+
 def test_get_key_reads_a_dotted_key():
     assert get_key(load_cfg(), "TRAIN.EPOCHS") == 300

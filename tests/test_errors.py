@@ -105,7 +105,7 @@ def test_cuda_without_a_gpu(capsys):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ([], ["--cfg", "digits.yaml", "quadmamba_small.yaml"]),
+        ([], ["--cfg", "digits", "quadmamba_small"]),
         (["--cfg", "configs/quadmamba_smal.yaml"], ["no such file", "quadmamba_small.yaml"]),
         (["--opts", "TRAIN.EPOCH", "3"], ["TRAIN.EPOCH", "did you mean TRAIN.EPOCHS"]),
         (["--opts", "TRAIN.EPOCHS", "many"], ["TRAIN.EPOCHS", "expected int", "many"]),

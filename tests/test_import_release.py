@@ -12,9 +12,9 @@ from yacs.config import CfgNode
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import build_model, from_release
+from quadmamba.tools import import_release
 from quadmamba.utils.checkpoint import load_pretrained
 from tests.literal import official_state
-from tools import import_release
 
 SMALL = {"dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "quad": (True, True, False, False)}
 SMALL |= {"ratio": 1.5, "n": 2, "mlp_ratio": 2.5, "classes": 7}

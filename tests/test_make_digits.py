@@ -1,9 +1,7 @@
 """tools/make_digits.py: counts, split, repeatability and where the cluttered digits are."""
 
 import csv
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,27 +10,18 @@ from sklearn.datasets import load_digits
 
 from quadmamba.configs import load_cfg
 from quadmamba.data import build_loaders
-
-SCRIPT = Path(__file__).parents[1] / "tools" / "make_digits.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("make_digits", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from quadmamba.tools import make_digits as tool
 
 
 @pytest.fixture(scope="module")
-def plain(tool, tmp_path_factory):
+def plain(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "plain"
     assert tool.main([str(out)]) == 0
     return out
 
 
 @pytest.fixture
-def few(tool, monkeypatch):
+def few(monkeypatch):
     """The first 20 training and 10 validation digits, so that canvases take little time."""
     split = tool.load_split()
     part = {"train": 20, "val": 10}
@@ -58,21 +47,21 @@ def test_counts_and_stratification(plain):
         assert abs(counts["val"][str(label)] - total * 360 / 1797) < 1
 
 
-def test_the_split_is_disjoint_and_complete(tool):
+def test_the_split_is_disjoint_and_complete():
     split = tool.load_split()
     images = np.concatenate([part[0] for part in split.values()]).reshape(1797, 64)
     everything = np.rint(load_digits().images * (255 / 16)).astype(np.uint8).reshape(1797, 64)
     assert sorted(map(bytes, images)) == sorted(map(bytes, everything))
 
 
-def test_files_hold_the_digits(tool, plain):
+def test_files_hold_the_digits(plain):
     images, labels = tool.load_split()["val"]
     for index in (0, 359):
         path = plain / "val" / str(labels[index]) / f"{index:05d}.png"
         assert np.array_equal(np.asarray(Image.open(path)), images[index])
 
 
-def test_the_same_command_writes_the_same_bytes(tool, plain, tmp_path):
+def test_the_same_command_writes_the_same_bytes(plain, tmp_path):
     assert tool.main([str(tmp_path / "again")]) == 0
     assert read_all(tmp_path / "again") == read_all(plain)
 
@@ -86,7 +75,7 @@ def test_digits_load_like_any_image_folder(plain):
 
 
 @pytest.mark.usefixtures("few")
-def test_clutter_repeats_by_seed(tool, tmp_path):
+def test_clutter_repeats_by_seed(tmp_path):
     def write(name, *options):
         assert tool.main([str(tmp_path / name), "--cluttered", "--size", "64", *options]) == 0
         return read_all(tmp_path / name)
@@ -98,7 +87,7 @@ def test_clutter_repeats_by_seed(tool, tmp_path):
     assert sum(other[name] == data for name, data in first.items() if name.endswith(".png")) == 0
 
 
-def test_clutter_takes_more_images(tool, few, tmp_path):
+def test_clutter_takes_more_images(few, tmp_path):
     out = tmp_path / "more"
     counts = ["--train", "45", "--val", "12"]
     assert tool.main([str(out), "--cluttered", "--size", "48", *counts]) == 0
@@ -109,7 +98,7 @@ def test_clutter_takes_more_images(tool, few, tmp_path):
 
 
 @pytest.mark.usefixtures("few")
-def test_fewer_strokes_leave_more_black(tool, tmp_path):
+def test_fewer_strokes_leave_more_black(tmp_path):
     ink = []
     for strokes in (0, 8, 48):
         out = tmp_path / str(strokes)
@@ -118,7 +107,7 @@ def test_fewer_strokes_leave_more_black(tool, tmp_path):
     assert 0 < 2 * ink[0] < ink[1] < 0.6 * ink[2]
 
 
-def test_positions_say_where_the_digit_is(tool, few, tmp_path):
+def test_positions_say_where_the_digit_is(few, tmp_path):
     out = tmp_path / "digits"
     assert tool.main([str(out), "--cluttered"]) == 0
     with open(out / "positions.csv", newline="") as file:
@@ -141,7 +130,7 @@ def test_positions_say_where_the_digit_is(tool, few, tmp_path):
         assert (canvas >= 128).sum() > 1.3 * (shown >= 128).sum(), "strokes around the digit"
 
 
-def test_finished_folders_stay_and_others_are_refused(tool, plain, capsys, tmp_path):
+def test_finished_folders_stay_and_others_are_refused(plain, capsys, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in plain.rglob("*")}
     assert tool.main([str(plain)]) == 0
     assert "already" in capsys.readouterr().out
@@ -162,7 +151,7 @@ def test_finished_folders_stay_and_others_are_refused(tool, plain, capsys, tmp_p
         (["--cluttered", "--strokes", "-1"], "--strokes 0 or more, got -1"),
     ],
 )
-def test_wrong_options_exit_with_2(tool, options, message, tmp_path, capsys):
+def test_wrong_options_exit_with_2(options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         tool.main([str(tmp_path / "out"), *options])
     assert caught.value.code == 2

@@ -1,20 +1,16 @@
 """Scan paths and receptive fields: the numbers behind the pictures, and the pictures."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from quadmamba.models import QuadMamba
+from quadmamba.tools import visualize as tool
 from quadmamba.utils.receptive_field import field_image
 from quadmamba.utils.scan_path import path_images
 from quadmamba.utils.views import block_views, mixers, quad_blocks, receptive_fields, scan_positions
 from quadmamba.utils.visualize import GAP, heat, partition_images
-
-SCRIPT = Path(__file__).parents[1] / "tools" / "visualize.py"
 
 
 def build(orders=("quadtree", "release", "window", "raster"), **keywords):
@@ -166,16 +162,8 @@ def test_other_selections_and_partitions_are_drawn(keywords):
 
 
 # ----------------------------------------------------------------------------------------- tool
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("visualize", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(("what", "count"), [("path", 2), ("erf", 1), ("partition", 2)])
-def test_the_tool_draws_each_kind_with_random_weights(tool, tmp_path, capsys, what, count):
+def test_the_tool_draws_each_kind_with_random_weights(tmp_path, capsys, what, count):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "noise.png")
     (tmp_path / "tiny.yaml").write_text(

@@ -1,8 +1,6 @@
 """Pictures of scores and partitions: the window of each token, and what ends up in the picture."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from quadmamba.models import QuadMamba
 from quadmamba.models.orders import SHIFT_SIGNS, QuadtreeOrder, ReleaseOrder
 from quadmamba.models.ss2d import QuadSS2D
+from quadmamba.tools import visualize as tool
 from quadmamba.utils.views import block_views, quad_blocks, window_map
 from quadmamba.utils.visualize import GAP, partition_images
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "visualize.py"
 CONFIG = """
 MODEL: {NAME: tiny, DIMS: [8, 8, 8, 8], DEPTHS: [2, 1, 1, 1], SSM_RATIO: 1.0, ORDERS: %s}
 DATA: {IMG_SIZE: 64}
@@ -181,14 +179,6 @@ def test_a_model_without_quad_blocks_gives_the_images():
 
 
 # ------------------------------------------------------------------------------------------ tool
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("visualize", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def inputs(tmp_path):
     """An image, a configuration and weights whose head has another size than the default."""
@@ -204,7 +194,7 @@ def command(folder, image="noise.png", cfg="tiny.yaml", weights="tiny.pth", outp
     return [str(word) for word in (folder / image, folder / image, *options)]
 
 
-def test_the_tool_writes_a_picture_for_each_image(tool, inputs, capsys):
+def test_the_tool_writes_a_picture_for_each_image(inputs, capsys):
     assert tool.main(command(inputs)) == 0
     files = sorted((inputs / "out").iterdir())
     assert [path.name for path in files] == ["01_noise.png", "02_noise.png"]
@@ -227,7 +217,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_wrong_input_ends_with_a_message(tool, inputs, capsys, case):
+def test_wrong_input_ends_with_a_message(inputs, capsys, case):
     (inputs / "raster.yaml").write_text(CONFIG % "[raster, raster, raster, raster]")
     change, message = BAD_INPUT[case]
     assert tool.main(command(inputs, **change)) == 2

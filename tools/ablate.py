@@ -46,7 +46,6 @@ from quadmamba.utils.versions import versions
 from quadmamba.utils.views import centre_rates
 from quadmamba.utils.writer import CheckpointWriter
 
-CONFIG = Path(__file__).parents[1] / "configs" / "ablation.yaml"
 CLASSES = 10
 USER_ERRORS = (
     ConfigError,
@@ -309,7 +308,9 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="cluttered digits")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--cfg", type=Path, default=CONFIG, metavar="YAML", help="model and recipe")
+    parser.add_argument(
+        "--cfg", type=Path, default="ablation", metavar="YAML", help="model and recipe"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the table")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
