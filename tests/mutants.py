@@ -1,0 +1,320 @@
+"""Mutation testing: small faults are put in, one at a time, and it is seen whether a test fails.
+
+    python tests/mutants.py [--seed 0] [--count 150] [--only models utils/optim.py]
+
+The operators are mutmut's and a few of our own. A mutant lives in a copy of the tree; the tests
+that reach its lines run there, quickest first. Which tests reach which lines is measured before and
+kept in build/mutants; test files whose sources have changed since are measured again.
+tests/mutants.yaml lists what is left out: code that needs a GPU, and mutants that change nothing.
+Values that become None are left out too: what uses them fails at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import itertools
+import json
+import os
+import queue
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import libcst as cst
+import libcst.matchers as m
+import yaml
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.mutators import mutation_operators, operator_if_exp
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "mutants"
+FOLDERS = ("configs", "data", "models", "utils")
+WORKERS = 2
+BUDGET_S = 40.0  # for the tests of one mutant, by the times that were measured
+PASS = 85.0  # percent
+PAIRS = [("min", "max"), ("floor", "ceil"), ("any", "all"), ("argmax", "argmin"), ("amin", "amax")]
+PAIRS += [("zeros", "ones"), ("zeros_like", "ones_like"), ("round", "int"), ("mean", "sum")]
+OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1]) if a != "int"}
+
+
+@dataclass
+class Mutant:
+    """One fault. scopes: names around it; spans: lines of its statement, of these, of the file."""
+
+    path: str
+    line: int
+    before: str
+    after: str
+    scopes: list[str]
+    spans: list[tuple[int, int]]
+
+    def changed(self) -> tuple[list[str], list[str]]:
+        """The lines that go and those that come."""
+        lines = list(difflib.ndiff(self.before.splitlines(), self.after.splitlines()))
+        return tuple([x[2:].strip() for x in lines if x.startswith(mark)] for mark in "-+")
+
+
+# --------------------------------------------------------------------------------------- operators
+def other_number(node: cst.BaseNumber) -> Iterator[cst.BaseNumber]:
+    """One less, or twice as much."""
+    if isinstance(node, cst.Integer) and node.evaluated_value > 0:
+        yield node.with_changes(value=str(node.evaluated_value - 1))
+    if isinstance(node, cst.Float):
+        yield node.with_changes(value=repr(2 * node.evaluated_value))
+
+
+def other_call(node: cst.Call) -> Iterator[cst.Call]:
+    """min for max and the like, and two neighbouring arguments that change places."""
+    name = node.func.attr if isinstance(node.func, cst.Attribute) else node.func
+    if isinstance(name, cst.Name) and name.value in OTHER:
+        yield node.with_deep_changes(name, value=OTHER[name.value])
+    for i, (a, b) in enumerate(zip(node.args, node.args[1:])):
+        if not (a.keyword or b.keyword or a.star or b.star):
+            pair = [a.with_changes(value=b.value), b.with_changes(value=a.value)]
+            yield node.with_changes(args=[*node.args[:i], *pair, *node.args[i + 2 :]])
+
+
+def no_call(node: cst.SimpleStatementLine) -> Iterator[cst.SimpleStatementLine]:
+    """A call for its effect, left out."""
+    if isinstance(node.body[0], cst.Expr) and isinstance(node.body[0].value, cst.Call):
+        yield node.with_changes(body=[cst.Pass()])
+
+
+OWN = [(cst.BaseNumber, other_number), (cst.Call, other_call), (cst.SimpleStatementLine, no_call)]
+OWN += [(cst.If, operator_if_exp), (cst.CompIf, operator_if_exp)]
+
+
+class Sites(cst.CSTVisitor):
+    """Places that can be mutated: (node, line, what it can become, scopes, spans)."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple] = []
+        self.around: list[tuple[cst.CSTNode, int, int]] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        """Note a place, but none in types, decorators and imports, and no text for people."""
+        if isinstance(node, cst.Annotation | cst.Decorator | cst.Import | cst.ImportFrom):
+            return False
+        if isinstance(node, cst.Assign) and "__all__" in repr(node.targets[0].target):
+            return False
+        place = self.get_metadata(PositionProvider, node, None)
+        if place and isinstance(node, cst.BaseCompoundStatement | cst.SimpleStatementLine):
+            self.around.append((node, place.start.line, place.end.line))
+        if self.around and place and (forms := list(_forms(node))):
+            inner, first, last = self.around[-1]
+            own = (first, last if isinstance(inner, cst.SimpleStatementLine) else place.end.line)
+            outer = [a for a in self.around if isinstance(a[0], cst.FunctionDef | cst.ClassDef)]
+            spans = [own, *(a[1:] for a in reversed(outer)), (1, 10**6)]
+            scopes = [a[0].name.value for a in outer]
+            self.found.append((node, place.start.line, forms, scopes, spans))
+        return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        """Go on behind a statement."""
+        if self.around and self.around[-1][0] is original_node:
+            self.around.pop()
+
+
+def _forms(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    for kind, operator in [*mutation_operators, *OWN]:
+        with contextlib.suppress(cst.CSTValidationError):
+            if isinstance(node, kind):
+                found = [form for form in operator(node) if not _becomes_none(node, form)]
+                words = isinstance(node, cst.SimpleString) and " " in node.raw_value
+                yield from () if words else found[:1] if isinstance(node, cst.BaseString) else found
+
+
+def _becomes_none(node: cst.CSTNode, form: cst.CSTNode) -> bool:
+    none = [sum(name.value == "None" for name in m.findall(n, m.Name())) for n in (node, form)]
+    return none[0] < none[1]
+
+
+def sample(paths: list[Path], seed: int) -> Iterator[Mutant]:
+    """Mutants in random order, each place once."""
+    rng, sites = random.Random(seed), []
+    for path in paths:
+        wrapper = MetadataWrapper(cst.parse_module(path.read_text()))
+        visitor = Sites()
+        wrapper.visit(visitor)
+        sites += [(path, wrapper.module, *site) for site in visitor.found]
+    rng.shuffle(sites)
+    for path, module, node, line, forms, scopes, spans in sites:
+        after = module.deep_replace(node, rng.choice(forms)).code
+        if after != module.code:
+            name = str(path.relative_to(ROOT))
+            yield Mutant(name, line, module.code, after, scopes, spans)
+
+
+# ------------------------------------------------------------------------------------------- tests
+class Copy:
+    """A copy of the tree, as the package `quadmamba`, and the process that runs its tests."""
+
+    def __init__(self, number: int) -> None:
+        self.folder = BUILD / str(number) / "quadmamba"
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, names.split("\0")):
+            if (ROOT / name).is_file():
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.folder / name)
+        start = "import coverage\ncoverage.process_startup()\n"
+        (self.folder.parent / "sitecustomize.py").write_text(start)
+        env = {"PYTHONPATH": str(self.folder.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        self.log = BUILD / f"{number}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "tests/mutant_worker.py", str(self.log)],
+            cwd=self.folder,
+            env=os.environ | env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, tests: list[str], seconds: float, measured: str = "") -> int:
+        """The exit code of pytest, -1 where it took too long."""
+        task = {"tests": tests, "seconds": seconds, "measured": measured}
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+def digest(*paths: Path) -> str:
+    """Of the contents of files."""
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.exists())).hexdigest()
+
+
+def measure_all(copies: queue.Queue[Copy], leave_out: list[str]) -> dict[str, dict]:
+    """What each test file reaches, measured again where it or a source has changed."""
+    helpers = sorted(p for p in (ROOT / "tests").glob("*.py") if not p.name.startswith("test_"))
+    helpers = [p for p in helpers if not p.name.startswith("mutant")]
+    todo, found = [], {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        kept = BUILD / f"{path.stem}.json"
+        reach = json.loads(kept.read_text()) if kept.exists() else {"stamp": ""}
+        files = [ROOT / name for name in sorted(reach.get("lines", ()))]
+        if path.name in leave_out:
+            continue
+        if reach["stamp"] == digest(path, *helpers, *files):
+            found[path.name] = reach
+        else:
+            todo.append(path)
+
+    def one(path: Path) -> None:
+        copy, kept = copies.get(), BUILD / f"{path.stem}.json"
+        code = copy.run([f"tests/{path.name}"], 1500, str(kept))
+        copies.put(copy)
+        reach = json.loads(kept.read_text())
+        files = [ROOT / name for name in sorted(reach["lines"])]
+        reach["stamp"] = digest(path, *helpers, *files)
+        kept.write_text(json.dumps(reach))
+        found[path.name] = reach
+        seconds = sum(reach["tests"].values())
+        print(f"measured {path.name}: {len(reach['tests'])} tests, {seconds:.0f} s, code {code}")
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(one, todo))
+    return found
+
+
+def reaching(mutant: Mutant, found: dict[str, dict]) -> list[tuple[float, str]]:
+    """(seconds, name) of the tests for a mutant, quickest first; none where its lines never run.
+
+    Lines that run at an import have no test of their own: those of the scope around count.
+    """
+    for first, last in mutant.spans:
+        tests, at_import = {}, False
+        for reach in found.values():
+            for line, names in reach["lines"].get(mutant.path, {}).items():
+                if first <= int(line) <= last:
+                    at_import |= "" in names
+                    tests |= {name: reach["tests"].get(name) for name in names if name}
+        if tests or not at_import:
+            break
+    else:
+        users = [r["tests"] for r in found.values() if mutant.path in r["lines"]]
+        tests = {name: seconds for passed in users for name, seconds in passed.items()}
+    chosen, total = [], 0.0
+    for seconds, name in sorted((s, n) for n, s in tests.items() if s is not None):
+        if (total := total + seconds) < BUDGET_S or not chosen:
+            chosen.append((seconds, name))
+    return chosen
+
+
+def judge(mutant: Mutant, copies: queue.Queue[Copy], found: dict[str, dict]) -> str:
+    """ "killed", "too long", "survived" or "not run"."""
+    tests = reaching(mutant, found)
+    if not tests:
+        return "not run"
+    copy = copies.get()
+    path = copy.folder / mutant.path
+    times = path.stat()
+    path.write_text(mutant.after)
+    code = copy.run([name for _, name in tests], 60 + 4 * sum(s for s, _ in tests))
+    path.write_text(mutant.before)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    copies.put(copy)
+    return {0: "survived", -1: "too long"}.get(code, "killed")
+
+
+def known(mutant: Mutant, entries: list[dict]) -> bool:
+    """Whether tests/mutants.yaml lists it."""
+    gone, come = mutant.changed()
+    return any(
+        mutant.path == entry["path"]
+        and entry.get("inside", "") in ("", ".".join(mutant.scopes), *mutant.scopes)
+        and (entry.get("line") or gone[0]) in gone
+        and (entry.get("becomes") or "") in ("", *come)
+        for entry in entries
+    )
+
+
+def main() -> int:
+    """Print the survivors and the score of each folder; 1 where it is below PASS."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--only", nargs="*", default=FOLDERS, help="folders and files")
+    options = parser.parse_args()
+    listed = yaml.safe_load((ROOT / "tests/mutants.yaml").read_text())
+    BUILD.mkdir(parents=True, exist_ok=True)
+    copies: queue.Queue[Copy] = queue.Queue()
+    for number in range(WORKERS):
+        copies.put(Copy(number))
+    found = measure_all(copies, listed["tests_without_mutants"])
+    paths = [p for o in options.only for p in sorted((ROOT / o).rglob("*.py")) or [ROOT / o]]
+    entries = [*listed["needs_a_gpu"], *listed["equivalent"]]
+    mutants = (mutant for mutant in sample(paths, options.seed) if not known(mutant, entries))
+    chosen = list(itertools.islice(mutants, options.count))
+    scores: dict[str, Counter[str]] = defaultdict(Counter)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        results = pool.map(lambda mutant: judge(mutant, copies, found), chosen)
+        for mutant, result in zip(chosen, results):
+            scores[mutant.path.split("/")[0]][result] += 1
+            if result in ("survived", "not run"):
+                gone, come = mutant.changed()
+                print(f"\n{result}: {mutant.path}:{mutant.line} {'.'.join(mutant.scopes)}")
+                print(
+                    *(f"  - {x}" for x in gone), *(f"  + {x}" for x in come), sep="\n", flush=True
+                )
+    for name, results in {**scores, "all": sum(scores.values(), Counter())}.items():
+        score = 100 * (results["killed"] + results["too long"]) / results.total()
+        print(f"{name:<8} {score:5.1f} %  {dict(results)}")
+    return int(score < PASS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
