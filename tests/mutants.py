@@ -204,11 +204,11 @@ def measure_all(copies: queue.Queue[Copy], leave_out: list[str]) -> dict[str, di
     todo, found = [], {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         kept = BUILD / f"{path.stem}.json"
-        reach = json.loads(kept.read_text()) if kept.exists() else {"stamp": ""}
+        reach = json.loads(kept.read_text()) if kept.exists() else {}
         files = [ROOT / name for name in sorted(reach.get("lines", ()))]
         if path.name in leave_out:
             continue
-        if reach["stamp"] == digest(path, *helpers, *files):
+        if reach.get("stamp") == digest(path, *helpers, *files):
             found[path.name] = reach
         else:
             todo.append(path)

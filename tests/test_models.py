@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import softplus
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import QuadMamba, build_model, layers, quadmamba, quadtree, ss2d
 from quadmamba.models.orders import ORDERS
-from quadmamba.models.ss2d import ScanParameters
 from quadmamba.utils.complexity import report
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +64,8 @@ def test_feature_maps_of_any_size_are_contiguous(order, size):
     model = tiny(order).eval()
     with torch.no_grad():
         maps = model.forward_features(torch.randn(2, 3, *size))
-    for grid, channels, stride in zip(maps, model.out_channels, model.strides):
+    assert len(maps) == 4
+    for grid, channels, stride in zip(maps, (8, 8, 12, 16), (4, 8, 16, 32)):
         assert grid.shape == (2, channels, *(math.ceil(side / stride) for side in size))
         assert grid.is_contiguous()
         assert grid.isfinite().all()
@@ -240,27 +239,6 @@ def test_an_empty_batch_gives_empty_logits(dtype):
 def test_impossible_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         tiny(**kwargs)
-
-
-def test_initial_values():
-    torch.manual_seed(0)
-    ssm = ScanParameters(2, 512, 4, 8)
-    step = softplus(ssm.dt_bias).log()
-    assert 1e-3 * 0.999 <= step.exp().min() <= step.exp().max() <= 0.1 * 1.001
-    assert step.mean().item() == pytest.approx(math.log(1e-2), abs=0.15)
-    assert torch.equal(ssm.A_log.exp().round(), torch.arange(1.0, 5).expand(2, 512, 4))
-    assert torch.equal(ssm.D, torch.ones(2, 512))
-    linear = tiny().stages[3][0].mlp.fc1
-    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert linear.bias.abs().sum() == 0
-
-
-def test_decay_tags():
-    tags = {name: p.decay for name, p in tiny().named_parameters()}
-    assert tags["stages.0.0.op.ssm.A_log"] == tags["stages.0.0.op.ssm.dt_bias"] == "ssm"
-    assert tags["stages.0.0.op.ssm.D"] == tags["stages.0.0.norm.weight"] == "no_decay"
-    assert tags["stages.0.0.mlp.fc1.bias"] == "no_decay"
-    assert tags["stages.0.0.mlp.fc1.weight"] == tags["stages.0.0.op.conv.weight"] == "decay"
 
 
 def test_bad_input_is_named():

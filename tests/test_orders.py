@@ -1,12 +1,19 @@
-"""Scan orders: every token once, restored exactly, and the release order as the formula says."""
+"""Scan orders beside tables by hand and sorting in plain Python; what they take is restored."""
 
 import pytest
 import torch
 
 from quadmamba.kernels import selective_scan
 from quadmamba.kernels.quadtree_gather import gather_in_ref, gather_out_ref
-from quadmamba.models.orders import ORDERS, SHIFT_SIGNS, QuadtreeOrder, ReleaseOrder, build_order
-from quadmamba.models.ss2d import SS2D
+from quadmamba.models.orders import (
+    ORDERS,
+    SHIFT_SIGNS,
+    QuadtreeOrder,
+    ReleaseOrder,
+    build_order,
+    cross_routes,
+)
+from quadmamba.models.ss2d import SS2D, QuadSS2D
 
 CPU = torch.device("cpu")
 SIZES = [(1, 1), (2, 2), (5, 7), (7, 5), (13, 13), (14, 14), (28, 28), (20, 36), (33, 17)]
@@ -48,12 +55,46 @@ def one_hot_grid(h, w):
 
 
 @pytest.mark.parametrize(("h", "w"), SIZES)
-@pytest.mark.parametrize("name", ["raster", "window"])
-def test_tables_visit_every_token_once(name, h, w):
-    tables = build_order(name, 4).tables(h, w, CPU)
+@pytest.mark.parametrize("side", [1, 3, 4, 7, None])
+def test_tables_are_windows_by_rows_and_by_columns(side, h, w):
+    """side: None for the raster order, one window of any size."""
+    tables = build_order("window" if side else "raster", side or 7).tables(h, w, CPU)
+    side = side or 99
+    tokens = [(y, x) for y in range(h) for x in range(w)]
+    rows = sorted(tokens, key=lambda t: (t[0] // side, t[1] // side, t[0], t[1]))
+    columns = sorted(tokens, key=lambda t: (t[1] // side, t[0] // side, t[1], t[0]))
+    assert tables.tolist() == [[y * w + x for y, x in order] for order in (rows, columns)]
     assert tables.dtype == torch.int32
-    for table in tables:
-        assert torch.equal(table.long().sort().values, torch.arange(h * w))
+
+
+def test_tables_by_hand():
+    raster = build_order("raster").tables(2, 3, CPU)
+    assert raster.tolist() == [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5]]
+    rows, columns = build_order("window", 2).tables(3, 4, CPU).tolist()
+    assert rows == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert columns == [0, 4, 1, 5, 8, 9, 2, 6, 3, 7, 10, 11]
+    assert build_order("window").window == 7
+    assert cross_routes(CPU).tolist() == [[0, 1]]
+    assert cross_routes(CPU).dtype == torch.int32
+    assert SS2D.reverse == [False, False, True, True], "rows, columns, and both backwards"
+    assert (SS2D.routes, QuadSS2D.routes, QuadSS2D.reverse) == (4, 2, [False, True])
+
+
+@pytest.mark.parametrize("name", ["quadtree", "release"])
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize(("h", "w"), [(1, 5), (5, 7), (14, 14), (20, 36)])
+def test_what_scores_count_for(name, sign, h, w):
+    """Quadrants after the roll, for `release` before it; and how many tokens each has."""
+    order = build_order(name)
+    shift = shift_of(order, h, w, sign)
+    maps = order.maps(h, w, shift, CPU)
+    rolled, still = (literal_positions(h, w, s, True)[2] for s in (shift, (0, 0)))
+    wanted = rolled if name == "quadtree" else still
+    assert maps.quadrant.tolist() == [rolled[t] for t in range(h * w)]
+    assert maps.pool.tolist() == [wanted[t] for t in range(h * w)]
+    assert maps.count.tolist() == [list(wanted.values()).count(q) for q in range(4)]
+    assert maps.count.dtype == torch.float32
+    assert {m.dtype for m in (maps.fine, maps.coarse, maps.quadrant, maps.pool)} == {torch.int32}
 
 
 @pytest.mark.parametrize("sign", SIGNS)
@@ -110,8 +151,10 @@ def test_the_worked_example_of_the_documentation():
 
 
 def test_shift_of_quadtree_and_release():
+    assert SHIFT_SIGNS == ((1, 1), (-1, -1), (1, -1), (-1, 1))
     assert QuadtreeOrder().shift(56, 28, (1, -1)) == (7, -3)
     assert ReleaseOrder().shift(56, 28, (1, -1)) == (7, -7)
+    assert QuadtreeOrder().shift(63, 7, (-1, 1)) == (-7, 0)
 
 
 @pytest.mark.parametrize("sign", SHIFT_SIGNS)
@@ -156,6 +199,12 @@ def test_route_scan_restores_every_token(name, h, w):
 
 def test_registry_and_unknown_order():
     assert set(ORDERS) == {"raster", "window", "quadtree", "release"}
+    assert (ORDERS["release"], ORDERS["quadtree"]) == (ReleaseOrder, QuadtreeOrder)
+    assert build_order("quadtree").partition == build_order("release").partition == (2, 4)
+    assert build_order("release", 7, [4, 8]).partition == (4, 8)
+    assert build_order("window", 1).window == 1
+    with pytest.raises(ValueError, match="window: expected a side of at least 1 token, got 0"):
+        build_order("window", 0)
     with pytest.raises(ValueError, match="expected one of raster, window, quadtree, release"):
         build_order("hilbert", 7)
 

@@ -5,8 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 from quadmamba.configs import load_cfg
 from quadmamba.data import DataError, build_transforms, read_image, seeded
@@ -86,14 +84,25 @@ def test_resizing_is_that_of_pillow(source, target, name):
     assert (differences(got, expected) > 0).mean() < 0.02
 
 
-@pytest.mark.parametrize("size", [(300, 400), (400, 300), (256, 256), (50, 301)])
-def test_validation_resizes_then_crops_the_centre(size):
+@pytest.mark.parametrize("side", [32, 96, 160, 224, 256, 320, 384])
+@pytest.mark.parametrize("size", [(256, 343), (343, 256), (301, 400), (256, 256), (50, 301)])
+def test_validation_resizes_and_crops_as_timm(size, side):
+    """Sides whose resized length, or whose margin, is no whole number are rounded alike."""
     image = noise(*size)
-    got = build_transforms(load_cfg()).val(to_bytes(image))
-    resized = TF.resize(image, 256, InterpolationMode.BICUBIC)
+    got = build_transforms(load_cfg(flags={"DATA.IMG_SIZE": side})).val(to_bytes(image))
+    timms = create_transform(side, crop_pct=0.875, interpolation="bicubic", use_prefetcher=True)
     assert got.hole is None
-    assert got.image.shape == (224, 224, 3)
-    assert differences(got.image, TF.center_crop(resized, 224)).max() <= 1
+    assert got.image.shape == (side, side, 3)
+    assert differences(got.image.permute(2, 0, 1), timms(image)).max() <= 2
+
+
+@pytest.mark.parametrize(("ratio", "name"), [(0.9, "bilinear"), (1.0, "bicubic"), (0.3, "bicubic")])
+def test_the_ratio_and_the_resampling_of_validation_have_their_keys(ratio, name):
+    image = noise(90, 121)
+    keys = {"DATA.IMG_SIZE": 48, "DATA.CROP_RATIO": ratio, "DATA.INTERPOLATION": name}
+    got = build_transforms(load_cfg(flags=keys)).val(to_bytes(image)).image
+    timms = create_transform(48, crop_pct=ratio, interpolation=name, use_prefetcher=True)
+    assert differences(got.permute(2, 0, 1), timms(image)).max() <= 2
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -153,33 +162,15 @@ def test_half_of_the_views_are_flipped():
     assert all(turned or torch.equal(view, fixed) for turned, view in zip(flipped, views))
 
 
-@pytest.mark.parametrize(("mode", "colours"), [("const", 1), ("rand", 1), ("pixel", 9)])
-def test_random_erasing_fills(mode, colours):
-    image = Image.new("RGB", (32, 32), "white")
-    view = finished(train_transform(**{"AUG.REPROB": 1.0}), image, mode, views=1)[0]
-    erased = view[:, view[0] != view[0].max()]
-    assert erased.shape[1] > 9
-    assert (
-        (erased[0].unique().numel() >= colours)
-        if mode == "pixel"
-        else (erased.unique(dim=1).shape[1] == 1)
-    )
-    assert (erased == 0).all() == (mode == "const")
-
-
-def test_a_quarter_is_erased_and_of_every_size():
-    transform = train_transform(**{"AUG.REPROB": 0.25})
-    image, holes = to_bytes(Image.new("RGB", (32, 32))), []
-    with seeded(0):
-        for _ in range(400):
-            holes.append(transform(image).hole)
-    holes = [hole for hole in holes if hole]
-    assert 70 < len(holes) < 130
-    areas = [hole.height * hole.width / 32**2 for hole in holes]
-    assert 0.01 < min(areas) < 0.06
-    assert 0.28 < max(areas) < 0.36
-    assert all(hole.top + hole.height <= 32 and hole.left + hole.width <= 32 for hole in holes)
-    assert len({hole.seed for hole in holes}) == len(holes)
+def test_the_hole_of_a_view_is_drawn_in_its_size():
+    image, holes = Image.new("RGB", (90, 70)), []
+    for probability in (0.0, 1.0):
+        transform = train_transform(**{"AUG.REPROB": probability})
+        with seeded(0):
+            holes.append([transform(to_bytes(image)).hole for _ in range(40)])
+    assert holes[0] == [None] * 40
+    ends = [max(h.top + h.height for h in holes[1]), max(h.left + h.width for h in holes[1])]
+    assert all(28 <= end <= 32 for end in ends)
 
 
 # --------------------------------------------------------------------------------- image files
