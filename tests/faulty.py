@@ -3,7 +3,8 @@
 FAULT: kill=UPDATES (kill -9 before that optimizer step), raise=UPDATES, nan=UPDATES (the MLP of the
 first block gives NaN from that step on), count=N (nan: so many steps only), die_early=1 (kill -9
 where the process has just joined the others), rank=R (only there),
-delay=SECONDS (each step takes longer), slow_validation=SECONDS (each batch of it takes longer),
+delay=SECONDS (each step takes longer), settle=1 (a checkpoint is written before the next step),
+slow_validation=SECONDS (each batch of it takes longer),
 once=FILE (kill, raise: not where FILE exists; it is made).
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from quadmamba.main import main
 from quadmamba.utils.launch import run_and_leave
 from quadmamba.utils.stepper import Stepper
 from quadmamba.utils.watch import Watch
+from quadmamba.utils.writer import CheckpointWriter
 
 
 def install(faults: dict[str, str]) -> None:
@@ -56,6 +59,19 @@ def install(faults: dict[str, str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Stepper.__init__, Stepper.backward, Watch.start = built, stepped, started
+    if "settle" in faults:
+        CheckpointWriter.submit = settled(CheckpointWriter.submit)
+
+
+def settled(submit: Callable[..., None]) -> Callable[..., None]:
+    """A `submit` that ends when its checkpoint is on the disk; what fails is told by the next."""
+
+    def submitted(self, *args):
+        submit(self, *args)
+        while self.busy:
+            time.sleep(0.01)
+
+    return submitted
 
 
 def once(faults: dict[str, str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def run(*flags: object, **opts: object) -> int:
         return main(arguments(*flags, **opts))
     finally:
         torch.set_num_threads(threads)
+
+
+def passed(done: subprocess.CompletedProcess[str]) -> int:
+    """How many tests passed in a process of pytest, where none failed and none was skipped."""
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    last = done.stdout.splitlines()[-1]
+    assert "skipped" not in last, last
+    found = re.search(r"(\d+) passed", last)
+    assert found, last
+    return int(found[1])
 
 
 def free_port() -> int:

@@ -85,3 +85,52 @@ def test_the_policy_runs_the_replacements(monkeypatch):
         op.prob = 1.0
         with seeded(0):
             assert np.asarray(op(image)).shape == (32, 32, 3)
+
+
+def policy_of(auto_augment, **keys):
+    flags = {"AUG.AUTO_AUGMENT": auto_augment} | keys
+    return build_transforms(load_cfg(flags=flags)).train.colours.transforms
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_the_policy_is_that_of_timm_by_number(name):
+    (ours,) = policy_of("rand-m7-n3-mstd0.7-inc1", **{"DATA.INTERPOLATION": name})
+    timms = timm_ops.rand_augment_transform(
+        "rand-m7-n3-mstd0.7-inc1",
+        {
+            "translate_const": int(224 * 0.45),
+            "img_mean": (124, 116, 104),
+            "interpolation": Image.Resampling[name.upper()],
+        },
+    )
+    assert (ours.num_layers, ours.choice_weights) == (3, None)
+    assert len(ours.ops) == len(timms.ops) == 15
+    for mine, theirs in zip(ours.ops, timms.ops):
+        for key in ("name", "prob", "magnitude", "hparams", "magnitude_std", "magnitude_max"):
+            assert getattr(mine, key) == getattr(theirs, key), (mine.name, key)
+        assert mine.kwargs == theirs.kwargs
+        if not mine.name.startswith("Posterize"):
+            assert mine.level_fn is theirs.level_fn
+        if mine.name not in (*OPERATIONS, "SharpnessIncreasing"):
+            assert mine.aug_fn is theirs.aug_fn
+
+
+def test_posterize_keeps_what_timm_keeps_but_at_least_a_bit():
+    (ours,) = policy_of("rand-m9-inc1")
+    (theirs,) = (
+        op for op in timm_ops.rand_augment_transform("rand-m9-inc1", {}).ops if "Post" in op.name
+    )
+    (mine,) = (op for op in ours.ops if "Post" in op.name)
+    bits = {level: theirs.level_fn(level, {})[0] for level in range(11)}
+    assert {level: mine.level_fn(level, {})[0] for level in range(11)} == {
+        level: max(1, kept) for level, kept in bits.items()
+    }
+    assert 0 in bits.values()
+
+
+def test_jitter_takes_the_place_of_no_policy():
+    (jitter,) = policy_of("", **{"AUG.COLOR_JITTER": 0.3})
+    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.7, 1.3)
+    assert jitter.hue is None
+    assert policy_of("", **{"AUG.COLOR_JITTER": 0.0}) == []
+    assert len(policy_of("rand-m9", **{"AUG.COLOR_JITTER": 0.3})) == 1

@@ -79,7 +79,7 @@ def test_a_rank_killed_on_one_of_two_hosts_restarts_the_job(hosts, tmp_path):
         *("--data-path", data, "--output", tmp_path, "--batch-size", 2, "--epochs", 3),
         TRAIN__SAVE_MINUTES=1e-6,
     )
-    faults = ["kill=8", "rank=3", f"once={tmp_path / 'killed'}", "delay=0.1"]
+    faults = ["kill=8", "rank=3", f"once={tmp_path / 'killed'}", "settle=1"]
     agents = []
     for host, is_host in zip(hosts, ("true", "false")):
         launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]

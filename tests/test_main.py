@@ -1,6 +1,7 @@
 """Every mode of main.py, on the CPU, with one process and with two."""
 
 import json
+import math
 import re
 
 import pytest
@@ -212,8 +213,12 @@ def test_a_run_continued_with_another_batch_size_keeps_its_schedule(data, tmp_pa
     assert run(*flags, *more) == 0
     assert "the learning rate follows the epoch" in capsys.readouterr().out
     lines = (tmp_path / "quadmamba_lite/default/log.jsonl").read_text().splitlines()
-    rates = [entry["lr"] for entry in map(json.loads, lines) if entry["kind"] == "train"]
-    assert rates[-2] > rates[-1]
+    steps = [entry for entry in map(json.loads, lines) if entry["kind"] == "train"]
+    assert [entry["updates"] for entry in steps] == [1, 2, 3, 4, *range(9, 25)]
+    for number, entry in enumerate(steps):  # 4 steps of 4 images in all, then of 2 images 24
+        scale, whole = (4 / 512, 4) if number < 4 else (2 / 512, 24)
+        cosine = (1 + math.cos(math.pi * entry["updates"] / whole)) / 2
+        assert entry["lr"] == pytest.approx(scale * (5e-6 + (5e-4 - 5e-6) * cosine))
 
 
 def test_launch_command_trains_with_two_processes(data, trained, tmp_path):

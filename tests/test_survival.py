@@ -51,7 +51,7 @@ def lives(ranks, data, out, *faults, **options):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_in_the_third_epoch_and_continued_gives_the_same_bits(data, tmp_path, ranks):
     """40 images, batch 4, 2 batches a step: 5 steps an epoch on one rank, 3 on two."""
-    kill = [f"kill={13 if ranks == 1 else 8}", f"rank={ranks - 1}", "delay=0.1"]
+    kill = [f"kill={13 if ranks == 1 else 8}", f"rank={ranks - 1}", "settle=1"]
     opts = {"LOG_EVERY": 2}  # a window of the log is open where the kill comes
     codes, texts = lives(ranks, data, tmp_path / "a", **opts)
     assert codes == [0] * ranks, texts
