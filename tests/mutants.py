@@ -235,14 +235,15 @@ def reaching(mutant: Mutant, found: dict[str, dict]) -> list[tuple[float, str]]:
 
     Lines that run at an import have no test of their own: those of the scope around count.
     """
-    for first, last in mutant.spans:
+    for number, (first, last) in enumerate(mutant.spans):
         tests, at_import = {}, False
         for reach in found.values():
             for line, names in reach["lines"].get(mutant.path, {}).items():
                 if first <= int(line) <= last:
                     at_import |= "" in names
-                    tests |= {name: reach["tests"].get(name) for name in names if name}
-        if tests or not at_import:
+                    if "" not in names:
+                        tests |= {name: reach["tests"].get(name) for name in names}
+        if tests and not (number == 0 and at_import) or number == 0 and not at_import:
             break
     else:
         users = [r["tests"] for r in found.values() if mutant.path in r["lines"]]
