@@ -1,4 +1,4 @@
-"""The numbers of the recipe, beside the paper's, the official code's and DeiT's."""
+"""The numbers of the recipe beside the published ones: the paper's, the official code's, DeiT's."""
 
 import pytest
 import torch
