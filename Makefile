@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 KERNELS := kernels/selective_scan
 KERNEL_SOURCES := $(KERNELS)/setup.py $(KERNELS)/pyproject.toml $(wildcard $(KERNELS)/csrc/*)
 
-.PHONY: demo test lint kernels clean
+.PHONY: demo test lint mutants kernels clean
 
 demo: .venv/.ready .venv/.kernels
 	$(PY) tools/make_digits.py datasets/digits
@@ -17,6 +17,10 @@ demo: .venv/.ready .venv/.kernels
 
 test: .venv/.ready .venv/.kernels lint
 	$(PY) -m pytest
+
+# Small faults, one at a time, and whether a test sees them; MUTANTS: --seed, --count, --only
+mutants: .venv/.ready .venv/.kernels
+	$(PY) tests/mutants.py $(MUTANTS)
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

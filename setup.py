@@ -41,7 +41,7 @@ setup(
     install_requires=(ROOT / "requirements.txt").read_text().splitlines(),
     extras_require={
         "demo": ["scikit-learn"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "scikit-learn"],
+        "dev": ["mutmut", "pytest", "pytest-timeout", "ruff", "scikit-learn"],
     },
     packages=list(PACKAGES),
     package_dir=PACKAGES,
