@@ -60,6 +60,8 @@ _NAMES = (
     ("classifier.norm", "head.norm"),
     ("classifier.head", "head.fc"),
 )
+# First words of official names: of the backbone, and of the classifier, today's and older
+BODY, CLASSIFIER = ("patch_embed", "layers"), ("classifier", "norm", "head")
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
 _STAGES = 4
 

@@ -33,9 +33,10 @@ from quadmamba.data import DataError
 from quadmamba.data.canvases import Canvases, CanvasLoader, read_canvases
 from quadmamba.models import build_model
 from quadmamba.utils import ablation, engine
-from quadmamba.utils.checkpoint import CheckpointError, plain
+from quadmamba.utils.checkpoint import plain
 from quadmamba.utils.complexity import report
 from quadmamba.utils.distributed import RankError, World, choose_device
+from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.logging import OutputError, RunLog, make_output
 from quadmamba.utils.modes import build_stepper, placed
@@ -44,7 +45,7 @@ from quadmamba.utils.resume import resume
 from quadmamba.utils.signals import StopRequest
 from quadmamba.utils.versions import versions
 from quadmamba.utils.views import centre_rates
-from quadmamba.utils.writer import CheckpointWriter
+from quadmamba.utils.writer import CheckpointWriter, save_file
 
 CLASSES = 10
 USER_ERRORS = (
@@ -169,6 +170,7 @@ class DigitLoaders:
     train: CanvasLoader
     val: CanvasLoader
     mixup: None = None
+    classes: tuple[str, ...] = tuple(map(str, range(CLASSES)))
 
 
 def build_loaders(cfg: CfgNode, device: torch.device) -> DigitLoaders:
@@ -215,6 +217,7 @@ def run(job: Job) -> ablation.Result:
     updates = -(-len(loaders.train) // cfg.TRAIN.ACCUM_STEPS)
     stepper = build_stepper(cfg, world, model, mixed=False, updates=updates)
     log = RunLog(job.folder, quiet=True)
+    log.begin(plain(cfg), loaders.classes)
     progress, writer = Progress(), CheckpointWriter(job.folder, keep=1)
     parts = (stepper, loaders, log, progress, Window(world), StopRequest())
     training = engine.Run(*parts, writer=writer)
@@ -246,10 +249,7 @@ def _machine(device: torch.device) -> dict[str, object]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file so that it is never half there."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+    save_file(path, lambda partial: partial.write_text(text))
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> dict[Job, ablation.Result]:
@@ -294,9 +294,9 @@ def write_report(folder: Path, table: str, results: Mapping[Job, ablation.Result
     order = list(TABLES[table])
     found = sorted(results.values(), key=lambda result: (order.index(result.row), result.seed))
     paths = [folder / name for name in ("runs.csv", "table.md", "plot.png", "runs.json")]
-    ablation.write_csv(paths[0], found)
+    save_file(paths[0], lambda path: ablation.write_csv(path, found))
     _write(paths[1], ablation.markdown(table, found))
-    ablation.plot(paths[2], table, found)
+    save_file(paths[2], lambda path: ablation.plot(path, table, found))
     _write(paths[3], json.dumps([asdict(result) for result in found], indent=1))
     return paths
 

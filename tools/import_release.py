@@ -15,90 +15,63 @@ is not a tensor or a plain value is read as a dict. Wrong input ends with exit c
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
-import torch
 import yaml
 from torch import Tensor
 
 from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.models import ReleaseError, build_model, from_release, to_release
-from quadmamba.models.release import read_architecture
-from quadmamba.utils.checkpoint import CheckpointError, load_pretrained, read
-from quadmamba.utils.writer import save_alone
+from quadmamba.models.release import BODY, CLASSIFIER, read_architecture
+from quadmamba.utils.checkpoint import load_pretrained
+from quadmamba.utils.classes import check_outputs, names_in
+from quadmamba.utils.formats import CheckpointError, first, read_foreign
+from quadmamba.utils.weights import Parts, check_values, find_weights
+from quadmamba.utils.writer import save_alone, save_file, write_tensors
 
-_EMA = "model_ema"  # of the official trainer, beside "model"
-
-
-class Shell:
-    """Stands for any class or function that a pickle names: whatever the call, an empty dict."""
-
-    def __new__(cls, *_: object) -> OrderedDict:  # type: ignore[misc]
-        """A dict of a kind that torch's reader lets a pickle fill."""
-        return OrderedDict()
-
-
-def read_official(path: Path) -> dict[str, object]:
-    """The dict in an official .pth file, foreign objects as plain dicts; runs no code of the file.
-
-    Raises CheckpointError where it is missing, damaged or no such file.
-    """
-    try:
-        return read(path)  # mere tensors
-    except CheckpointError as error:
-        if not isinstance(error.__cause__, pickle.UnpicklingError):
-            raise
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Shell, name) for name in names]):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} cannot be read without running its code: {first}") from error
-    if not isinstance(payload, dict):
-        raise CheckpointError(f"{path}: expected a dict of weights, got {type(payload).__name__}")
-    return payload
-
-
-def pick(payload: Mapping[str, object], ema: bool, path: Path) -> dict[str, Tensor]:
-    """The state dict of the plain weights, or of their average, in the content of a file."""
-    state = payload.get(_EMA if ema else "model")
-    if state is None and not ema:
-        state = payload
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        wanted = _EMA if ema else "model"
-        names = ", ".join([str(key) for key in payload][:8])
-        raise CheckpointError(f"{path}: expected tensors under {wanted!r}, got keys {names}")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+_OFFICIAL = Parts(frozenset(BODY), frozenset(CLASSIFIER))
+_TITLE = "# The architecture of "
 
 
 def import_file(source: Path, target: Path, ema: bool) -> list[Path]:
     """Write TARGET and its YAML; returns both paths."""
     if target.suffix != ".safetensors":
         raise CheckpointError(f"OUT: expected a name that ends in .safetensors, got {target}")
-    model = from_release(pick(read_official(source), ema, source))
+    payload, foreign = read_foreign(source)
+    found = find_weights(payload, _OFFICIAL, source, foreign)
+    kind = "ema" if ema else "model"
+    if kind not in found:
+        wanted = "'model_ema'" if ema else "'model' (the average is taken with --ema)"
+        keys = first([str(key) for key in payload])
+        raise CheckpointError(f"{source}: expected tensors under {wanted}, got keys {keys}")
+    for note in found[kind].notes():
+        print(f"{source}: {note}", file=sys.stderr)
+    check_values(found[kind].state, str(source))
+    model = from_release(found[kind].state)
     if model.in_chans != 3:
         raise ReleaseError(f"{source}: expected 3 input channels, got {model.in_chans}")
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    names = names_in(payload, source)
+    check_outputs(names, model.num_classes, source)
     lines = yaml.safe_dump(
         {"MODEL": describe(to_release(model), target.stem)},
         sort_keys=False,
         default_flow_style=None,
     )
-    paths = [target, target.with_suffix(".yaml")]
-    try:
-        safetensors.torch.save_file(state, target)
-        paths[1].write_text(
-            f"# The architecture of {target.name}, imported from {source.name}.\n{lines}"
-        )
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {target}: {error}") from error
-    return paths
+    yaml_path = target.with_suffix(".yaml")
+    _check_free(yaml_path)
+    state, about = model.state_dict(), {"weights": kind} | ({"classes": names} if names else {})
+    save_file(target, lambda path: write_tensors(path, state, about))
+    title = f"{_TITLE}{target.name}, imported from {source.name}.\n"
+    save_file(yaml_path, lambda path: path.write_text(title + lines))
+    return [target, yaml_path]
+
+
+def _check_free(path: Path) -> None:
+    """Raise CheckpointError where an import would replace a configuration that it did not write."""
+    if path.is_file() and not path.read_bytes().startswith(_TITLE.encode()):
+        raise CheckpointError(f"OUT: {path} would be written too, and is there: give another name")
 
 
 def describe(state: Mapping[str, Tensor], name: str) -> dict[str, object]:
@@ -111,20 +84,17 @@ def describe(state: Mapping[str, Tensor], name: str) -> dict[str, object]:
 def export_file(source: Path, target: Path, cfg_path: Path, ema: bool) -> list[Path]:
     """Write the weights of one of our checkpoints under official names; returns the path."""
     cfg = load_cfg(cfg_path)
-    classes = _classes(source)
-    model = build_model(cfg, classes)
+    payload, foreign = read_foreign(source)
+    model = build_model(cfg)
+    found = find_weights(payload, Parts.of(model), source, foreign).values()
+    heads = [weights.state.get("head.fc.bias", model.head.fc.bias) for weights in found]
+    model = build_model(cfg, heads[0].numel())
     weights = "ema" if ema else "auto"
     print(f"loaded {load_pretrained(model, source, adapt_head=False, weights=weights)}")
-    save_alone(target, {"model": {key: value.clone() for key, value in to_release(model).items()}})
+    names = names_in(payload, source)
+    state = {key: value.clone() for key, value in to_release(model).items()}
+    save_alone(target, {"model": state} | ({"classes": list(names)} if names else {}))
     return [target]
-
-
-def _classes(source: Path) -> int | None:
-    """The number of classes of one of our checkpoints, None where it has no classifier."""
-    payload = read(source)
-    states = [payload, *(v for v in payload.values() if isinstance(v, Mapping))]
-    heads = [state["head.fc.weight"] for state in states if "head.fc.weight" in state]
-    return len(heads[0]) if heads else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.export != (args.cfg is not None):
         parser.error("--export and --cfg go together")
     try:
+        if args.target.exists() and args.source.exists() and args.target.samefile(args.source):
+            raise CheckpointError(f"OUT: expected another file than IN, got {args.target} twice")
         if args.export:
             paths = export_file(args.source, args.target, args.cfg, args.ema)
         else:

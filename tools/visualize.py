@@ -28,13 +28,15 @@ from torchvision.transforms.functional import to_pil_image
 from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
-from quadmamba.utils.checkpoint import CheckpointError, load_pretrained
+from quadmamba.utils.checkpoint import load_pretrained
 from quadmamba.utils.distributed import World, choose_device
+from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.launch import DeviceError
 from quadmamba.utils.receptive_field import field_image
 from quadmamba.utils.scan_path import path_images
 from quadmamba.utils.views import quad_blocks
 from quadmamba.utils.visualize import partition_images
+from quadmamba.utils.writer import save_file
 
 _CAPTION = 16  # height of the line of captions, in pixels
 KINDS = ("partition", "path", "erf")
@@ -63,7 +65,7 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     paths = []
     for name, captions, picture in _pictures(args.what, model, names, images):
         paths.append(args.output / f"{name}.png")
-        caption(to_pil_image(picture), captions).save(paths[-1])
+        save_file(paths[-1], caption(to_pil_image(picture), captions).save)
     return paths
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from quadmamba.utils.checkpoint import BEST, FORMAT, LAST, CheckpointError, plain
+from quadmamba.utils.checkpoint import BEST, LAST, plain
 from quadmamba.utils.distributed import World
+from quadmamba.utils.formats import FORMAT, CheckpointError
 from quadmamba.utils.hunt import first_not_finite
 from quadmamba.utils.logging import RunLog, duration
 from quadmamba.utils.metrics import Metrics, Tally, metrics_of
@@ -52,6 +53,10 @@ class Loaders(Protocol):
     @property
     def mixup(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
         """Mixes a training batch, or None."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, in the order of their numbers."""
 
 
 @dataclass
@@ -312,6 +317,7 @@ def checkpoint_of(cfg: CfgNode, run: Run, ranks: Sequence[Mapping]) -> dict[str,
         **asdict(run.progress),
         "ranks": list(ranks),
         "layout": dict(zip(("ranks", "batch", "accum"), layout)),
+        "classes": list(run.loaders.classes),
         "config": plain(cfg),
         "versions": versions(),
     }

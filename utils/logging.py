@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -15,6 +15,8 @@ from typing import TextIO
 from termcolor import colored
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from quadmamba.utils.versions import versions
 
 LOG_FILE = "log.jsonl"
 _BAR = 24
@@ -83,6 +85,10 @@ class RunLog:
                 for name, value in values.items():
                     if isinstance(value, int | float):
                         self._board.add_scalar(f"{kind}/{name}", value, updates)
+
+    def begin(self, config: Mapping[str, object], classes: Sequence[str]) -> None:
+        """Record what a run is: its configuration, class names and versions."""
+        self.record("run", 0, config=config, classes=list(classes), versions=versions())
 
     def images(self, name: str, images: Tensor, updates: int) -> None:
         """Pictures (n, 3, h, w) in [0, 1] to TensorBoard."""

@@ -16,9 +16,10 @@ from quadmamba.configs import ConfigError
 from quadmamba.data import DataError, Loaders, build_loaders, normalise, skipped_images
 from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
-from quadmamba.utils.checkpoint import BEST, CheckpointError, load_pretrained
+from quadmamba.utils.checkpoint import BEST, load_pretrained, plain
 from quadmamba.utils.complexity import report
 from quadmamba.utils.distributed import RankError, World, choose_device, join
+from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.graph_stepper import stepper_kind
 from quadmamba.utils.launch import STOPPED, DeviceError, Place, stop
 from quadmamba.utils.logging import OutputError, RunLog, make_output
@@ -102,6 +103,7 @@ def train(cfg: CfgNode, world: World) -> int:
         share = {"rank": world.rank, "world_size": world.size, "device": world.device}
         loaders = build_loaders(cfg, **share, with_train=True)
     log = RunLog(folder if world.is_main else None, quiet=not world.is_main)
+    log.begin(plain(cfg), loaders.classes)
     greet(cfg, world, log)
     log.say(
         f"data: {len(loaders.train.dataset)} training and {len(loaders.val.dataset)} "
@@ -224,7 +226,8 @@ def load_and_judge(
 ) -> tuple[str, Metrics]:
     """Load weights and report them and their accuracy. Returns which they are, and the latter."""
     with world.together(CheckpointError):
-        loaded = load_pretrained(model, path, adapt_head=cfg.MODE == "train")
+        adapt = cfg.MODE == "train"
+        loaded = load_pretrained(model, path, adapt_head=adapt, classes=loaders.classes)
     log.say(f"loaded {loaded}")
     warn_of_changes(cfg, log, loaded.config)
     metrics = engine.evaluate({"model": model}, loaders.val, world, log, amp=cfg.TRAIN.AMP)["model"]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from quadmamba.utils.checkpoint import CheckpointError, newest_run, plain, read_run
+from quadmamba.utils.checkpoint import newest_run, plain, read_run
+from quadmamba.utils.classes import check_same, names_in
 from quadmamba.utils.engine import Run
+from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.logging import RunLog
 from quadmamba.utils.rng import set_rng_state
 
@@ -31,6 +33,8 @@ def resume(cfg: CfgNode, run: Run, folder: Path, updates: int) -> None:
     where = path if path == cfg.TRAIN.RESUME else f"{path} (another --tag starts anew)"
     with run.world.together(CheckpointError):
         payload = read_run(path)
+        saved = names_in(payload, path)
+        check_same(saved, run.loaders.classes, path)
         run.stepper.load_state(payload, where)
     progress = run.progress
     for key in ("epoch", "step", "images", "metrics", "best"):
@@ -40,6 +44,8 @@ def resume(cfg: CfgNode, run: Run, folder: Path, updates: int) -> None:
         place += f" and {progress.images} images of the next"
     run.log.say(f"continuing {path} {place}", "green")
     run.log.record("resume", run.stepper.updates, path=path, epoch=progress.epoch)
+    if not saved:
+        run.log.warn(f"{path} names no classes: they are taken for those of the data")
     warn_of_changes(cfg, run.log, payload["config"])
     _take_ranks(cfg, run, payload)
     _follow_schedule(run, path, updates)
@@ -106,7 +112,7 @@ def _follow_schedule(run: Run, path: str, updates: int) -> None:
 
 def warn_of_changes(cfg: CfgNode, log: RunLog, saved: Mapping) -> None:
     """Warn where the weights were trained for another scan than the one they now get."""
-    now, then = plain(cfg.MODEL), saved.get("MODEL", {})
+    now, then = plain(cfg.MODEL), saved.get("MODEL")
     for key in SILENT_KEYS:
-        if key in then and then[key] != now[key]:
+        if isinstance(then, Mapping) and key in then and then[key] != now[key]:
             log.warn(f"MODEL.{key}: the weights were trained with {then[key]}, now {now[key]}")

@@ -13,8 +13,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from quadmamba.utils.checkpoint import CheckpointError, load_weights
 from quadmamba.utils.distributed import World
+from quadmamba.utils.formats import CheckpointError
+from quadmamba.utils.weights import Parts, find_weights, load_weights
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -169,9 +170,10 @@ class Stepper:
 
         Raises CheckpointError where weights or optimizer state do not fit.
         """
-        load_weights(self.model, state["model"], where)
+        weights = find_weights(state, Parts.of(self.model), where)
+        load_weights(self.model, weights["model"].state, where)
         if self.ema is not None:
-            load_weights(self.ema.module, state["ema"] or state["model"], where)
+            load_weights(self.ema.module, weights.get("ema", weights["model"]).state, where)
         own = self.optimizer.state_dict()["param_groups"]
         saved = state["optimizer"]
         sizes = [[len(g["params"]) for g in groups] for groups in (own, saved["param_groups"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -17,13 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from quadmamba.utils.checkpoint import (
-    LAST,
-    CheckpointError,
-    better_weights,
-    older,
-    sum_comment,
-)
+from quadmamba.utils.checkpoint import LAST, better_weights, older
+from quadmamba.utils.formats import CheckpointError, sum_comment
 
 
 class _Hashing:
@@ -51,20 +47,35 @@ def write_checkpoint(path: Path, payload: Mapping[str, object]) -> None:
         file.write(sum_comment(hashing.digest))
 
 
-def write_weights(path: Path, payload: Mapping[str, object]) -> None:
-    """Write the weights of `payload` that validated better as safetensors.
+def write_tensors(path: Path, state: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
+    """Write tensors as safetensors; `about` are its metadata, what is no text as JSON.
 
     By name: in memory it would hold up the other threads. The library writes another file beside
     `path`, for the owner alone, and renames it: the permissions are set as for any new file.
     """
-    name = better_weights(payload)
-    state = {key: value.contiguous() for key, value in payload[name].items()}
-    about = {"weights": name, "epoch": str(payload["epoch"]), "updates": str(payload["updates"])}
+    state = {key: value.contiguous() for key, value in state.items()}
     path.touch()
     mode = path.stat().st_mode
-    safetensors.torch.save_file(state, path, about)
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
+    safetensors.torch.save_file(state, path, texts)
     with contextlib.suppress(PermissionError):  # a file system without permissions
         path.chmod(mode)
+
+
+def write_weights(path: Path, payload: Mapping[str, object]) -> None:
+    """Write the weights of `payload` that validated better, with what `formats.read` notes."""
+    name = better_weights(payload)
+    keys = ("epoch", "updates", "classes", "config")
+    about = {"weights": name} | {key: payload[key] for key in keys if key in payload}
+    write_tensors(path, payload[name], about)
+
+
+def save_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file of any kind, so that `path` is the old file or the whole new one.
+
+    Raises CheckpointError where the folder or the disk does not take it.
+    """
+    _replace(path, write, 1)
 
 
 def save_alone(path: Path, payload: Mapping[str, object]) -> None:
@@ -72,7 +83,7 @@ def save_alone(path: Path, payload: Mapping[str, object]) -> None:
 
     Raises CheckpointError where the folder or the disk does not take it.
     """
-    _replace(path, lambda partial: write_checkpoint(partial, payload), 1)
+    save_file(path, lambda partial: write_checkpoint(partial, payload))
 
 
 def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
@@ -94,7 +105,7 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial") / path.name
 
 
-def _replace(path: Path, write: Callable[[Path], None], keep: int) -> None:
+def _replace(path: Path, write: Callable[[Path], object], keep: int) -> None:
     partial = partial_of(path)
     try:
         partial.parent.mkdir(exist_ok=True)
