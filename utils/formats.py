@@ -39,18 +39,44 @@ _DAMAGE = (
     *(AttributeError, AssertionError, ArithmeticError, struct.error, zlib.error),
     *(zipfile.BadZipFile, safetensors.SafetensorError),
 )
+_ENDED = (EOFError, IndexError, struct.error)  # of these, for bytes that end too early
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, written or used; the message says what to do."""
 
 
-class Shell:
-    """Stands for any class or function that a pickle names: whatever the call, an empty dict."""
+class _Dict:
+    """Stands for a class or function that a pickle names: whatever the call, an empty dict."""
 
     def __new__(cls, *_: object) -> collections.OrderedDict:  # type: ignore[misc]
         """A dict of a kind that torch's reader lets a pickle fill."""
         return collections.OrderedDict()
+
+
+class _List:
+    """The same for one whose objects are filled as lists are."""
+
+    def __new__(cls, *_: object) -> list:  # type: ignore[misc]
+        """A list."""
+        return []
+
+
+class _Value:
+    """The same for one whose objects take a state that is no dict, as NumPy's do."""
+
+    def __new__(cls, *_: object) -> _Value:
+        """An object without a value."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Leave the state out."""
+
+
+def _stand_in(name: str) -> type:
+    if name == "collections.deque":
+        return _List
+    return _Value if name.startswith("numpy.") else _Dict
 
 
 def sum_comment(digest: hashlib._Hash) -> bytes:
@@ -77,7 +103,7 @@ def read(path: str | Path) -> dict[str, object]:
 def read_foreign(path: str | Path) -> tuple[dict[str, object], list[str]]:
     """As `read`, but of a file of any project: its dict, and the classes and functions it names.
 
-    What these would make is read as empty dicts.
+    What these would make is read without its class, as mere dicts and lists.
     """
     path = Path(path)
     try:
@@ -131,7 +157,8 @@ def _cut_off(path: Path) -> CheckpointError:
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:
-    line = str(reason).strip().partition("\n")[0] or type(reason).__name__
+    text = str(reason).rpartition("WeightsUnpickler error: ")[2].strip()
+    line = text.partition("\n")[0] or type(reason).__name__
     return CheckpointError(f"{path} is damaged or not a checkpoint: {line}")
 
 
@@ -185,8 +212,9 @@ def _check_archive(path: Path, summed: bool) -> None:
         with zipfile.ZipFile(path) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
             if "data.pkl" not in names:
-                kind = "arrays of NumPy" if all(n.endswith(".npy") for n in names) else "an archive"
-                raise _damaged(path, f"{kind} of {first(names) or 'nothing'}, not of torch.save")
+                arrays = all(name.endswith(".npy") for name in names)
+                kind = "arrays of NumPy" if arrays else "an archive"
+                raise _damaged(path, f"{kind} ({first(names)}), not of torch.save")
             if "constants.pkl" in names:
                 raise CheckpointError(_unlike(path, _PROGRAM))
             if summed:
@@ -240,50 +268,58 @@ def _read_safetensors(path: Path) -> dict[str, object]:
 def _unsafe_names(path: Path, legacy: bool) -> list[str]:
     """Classes and functions that the pickle in a file names, beside those of tensors."""
     try:
-        content = _legacy_pickle(path) if legacy else _archived_pickle(path)
-        if content[:1] == b"\x80" and content[1] > 3:
+        start, source = _legacy_pickle(path) if legacy else (_archived_pickle(path), path)
+        if start in (b"\x80\x04", b"\x80\x05"):
             raise CheckpointError(
-                f"{path} was written with pickle protocol {content[1]}, which cannot be read "
+                f"{path} was written with pickle protocol {start[1]}, which cannot be read "
                 "without running its code: expected 2, the default of torch.save"
             )
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as writing:
-            writing.writestr("archive/data.pkl", content)
-            writing.writestr("archive/version", "3")
-        archive.seek(0)
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(archive))
-    except _DAMAGE as error:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
+    except (*_DAMAGE, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise (_cut_off(path) if legacy else _damaged(path, error)) from error
 
 
 def _archived_pickle(path: Path) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        return archive.read(next(name for name in names if name.endswith("data.pkl")))
+    """How the pickle in an archive of torch.save begins, whatever the archive's checksums."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        entry = next(item for item in archive.infolist() if item.filename.endswith("data.pkl"))
+        file.seek(entry.header_offset + 26)  # lengths of the name and of the field after it
+        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
+        return file.read(2)
 
 
-def _legacy_pickle(path: Path) -> bytes:
-    """The fourth pickle in a file from before PyTorch 1.6, that of its dict."""
+def _legacy_pickle(path: Path) -> tuple[bytes, io.BytesIO]:
+    """How the pickle of the dict begins in a file from before PyTorch 1.6, and an archive of it."""
     with path.open("rb") as file:
-        for _ in range(4):
+        for _ in range(4):  # three others come first
             start = file.tell()
             collections.deque(pickletools.genops(file), 0)
         length = file.tell() - start
         file.seek(start)
-        return file.read(length)
+        content = file.read(length)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as writing:
+        writing.writestr("archive/data.pkl", content)
+        writing.writestr("archive/version", "3")
+    archive.seek(0)
+    return content[:2], archive
 
 
 def _load(path: Path, unsafe: list[str]) -> object:
-    """What torch.load reads where each of the names stands for a Shell."""
+    """What torch.load reads where each of the names has a stand-in."""
     try:
-        with torch.serialization.safe_globals([(Shell, name) for name in unsafe]):
+        with torch.serialization.safe_globals([(_stand_in(name), name) for name in unsafe]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
+        if "EOF" in str(error) or isinstance(error, _ENDED):
+            raise _cut_off(path) from error
         if not unsafe:
             raise _damaged(path, error) from error
-        reason = str(error).partition("\n")[0]
+        if any(name.startswith("torch.nn.modules.") for name in unsafe):
+            raise CheckpointError(f"{path} {whole_object(unsafe)}") from error
         raise CheckpointError(
-            f"{path} cannot be read without running its code ({first(unsafe)}): {reason}"
+            f"{path} cannot be read without running its code ({first(unsafe)}); expected tensors "
+            "and plain values"
         ) from error
