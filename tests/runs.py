@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +133,17 @@ def fill_up(path: Path) -> None:
     elsewhere.mkdir()
     (elsewhere / partial.name).symlink_to("/dev/full")
     partial.parent.symlink_to(elsewhere)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Within it, no file of this process can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def state_of(out: Path, tag: str = "default") -> dict[str, object]:

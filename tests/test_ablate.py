@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import fill_up
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from quadmamba.configs import load_cfg
@@ -233,6 +234,32 @@ def test_wrong_options_exit_with_2(digits, tmp_path, capsys, words, message):
 
 
 # --------------------------------------------------------------------------------------- report
+@pytest.mark.parametrize("name", ["runs.csv", "table.md", "plot.png", "runs.json"])
+def test_C10_a_report_that_cannot_be_written_is_named(digits, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(ablate, "run", lambda job: result(job.row, job.seed, 50.0))
+    table = tmp_path / "order"
+    table.mkdir()
+    assert ablate.main(command(digits, tmp_path)) == 0
+    before = (table / name).read_bytes()
+    fill_up(table / name)
+    assert ablate.main(command(digits, tmp_path)) == 2
+    assert re.match(f"error: cannot write .*{name}.*No space left", capsys.readouterr().err)
+    assert (table / name).read_bytes() == before
+    (table / name).unlink()
+    (table / name).mkdir()
+    assert ablate.main(command(digits, tmp_path)) == 2
+    assert "there is a folder of this name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"row": "raster"}'])
+def test_a_result_that_is_half_there_is_named(digits, tmp_path, capsys, content):
+    folder = tmp_path / "order" / "raster-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(content)
+    assert ablate.main(command(digits, tmp_path, "--rows", "raster")) == 2
+    assert re.match(r"error: .*result\.json is damaged .*remove it", capsys.readouterr().err)
+
+
 def result(row, seed, top1, **rates):
     rates = {k: {"rate": v, "constant": 0.3, "chance": 0.25} for k, v in rates.items()}
     return ablation.Result(row, seed, top1, 1.0, 5_000_000, 0.2, 1.0, rates, rates)

@@ -95,6 +95,14 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
     assert numbers(tmp_path) == expected
 
 
+def test_two_best_ones_leave_one_file(tmp_path):
+    writing = CheckpointWriter(tmp_path, keep=3)
+    for number in (1, 2):
+        writing.submit(run_of(number), ["best.pth", "last.pth"])
+    writing.wait()
+    assert numbers(tmp_path) == {"best.pth": 2, "last.1.pth": 1, "last.pth": 2}
+
+
 def test_a_snapshot_is_not_changed_by_what_follows(tmp_path, monkeypatch):
     go_on = threading.Event()
 
@@ -209,6 +217,16 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, spoil):
     assert all(str(last) in reason for reason in refused)
 
 
+def test_older_files_are_tried_by_their_numbers(tmp_path):
+    for number in (10, 9, 2):
+        save(tmp_path / f"last.{number}.pth", run_of(number))
+    assert newest_run(tmp_path) == (tmp_path / "last.2.pth", [])
+    flip(tmp_path / "last.2.pth", 1000)
+    path, refused = newest_run(tmp_path)
+    assert path == tmp_path / "last.9.pth"
+    assert ["last.2.pth" in reason for reason in refused] == [True]
+
+
 def test_no_checkpoint_and_none_that_is_whole(tmp_path):
     assert newest_run(tmp_path) is None
     assert newest_run(tmp_path / "none") is None
@@ -304,42 +322,6 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert not trap.exists()
     pickle.loads((tmp_path / "evil.pkl").read_bytes())  # the trap itself works
     assert trap.exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "not a checkpoint"),
-        (b"some text", "not a checkpoint"),
-        ("cut", "not a checkpoint, or it is cut off"),
-        ("list", "expected a dict of weights, got list"),
-        ("numbers", "got keys a, b"),
-        ("zip", "damaged or not a checkpoint"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else repr(value),
-)
-def test_files_that_are_no_checkpoints(tmp_path, content, message):
-    path = tmp_path / "w.pth"
-    torch.save([1] if content == "list" else {"a": 1, "b": 2}, path)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif content == "zip":
-        import zipfile
-
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("a.txt", "hello")
-    with pytest.raises(CheckpointError, match=message):
-        load_pretrained(Net(), path, adapt_head=False)
-
-
-def test_missing_file_and_bad_safetensors(tmp_path):
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        read(tmp_path / "none.pth")
-    (tmp_path / "w.safetensors").write_bytes(b"1234567890")
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
-        read(tmp_path / "w.safetensors")
 
 
 def test_weights_alone_cannot_be_continued(tmp_path):

@@ -192,6 +192,40 @@ def test_settings_of_the_configuration_win_over_those_of_a_checkpoint():
     assert new.updates == 1
 
 
+@pytest.mark.parametrize("saved", ["none", "another"])
+def test_an_average_goes_on_from_the_file_s_or_begins_with_its_weights(saved):
+    old, new = make_stepper(), make_stepper(ema_decay=0.5)
+    old.backward(*batch(4), parts=1, last=True)
+    old.update()
+    state = old.state()
+    assert state["ema"] is None
+    if saved == "another":
+        state["ema"] = {key: value + 1 for key, value in state["model"].items()}
+    new.load_state(state, "here")
+    wanted = {key: value + (saved == "another") for key, value in old.model.state_dict().items()}
+    assert all(torch.equal(v, wanted[k]) for k, v in new.ema.module.state_dict().items())
+    assert not torch.equal(make_stepper().model[0].weight, old.model[0].weight), "a step was taken"
+
+
+def test_counters_of_steps_go_on_where_they_were():
+    old, new = make_stepper(), make_stepper()
+    state = old.state() | {"skipped": torch.tensor(5), "bad_in_row": torch.tensor(3), "updates": 9}
+    new.load_state(state, "here")
+    assert (new.skipped.item(), new.bad_in_row.item(), new.updates) == (5, 3, 9)
+    assert (new.skipped.dtype, new.bad_in_row.dtype) == (torch.int64, torch.int64)
+
+
+def test_M2_wrapped_names_are_those_of_the_model_in_a_run_too():
+    old, new = make_stepper(), make_stepper(ema_decay=0.5)
+    old.backward(*batch(4), parts=1, last=True)
+    old.update()
+    state = old.state()
+    state["model"] = {f"_orig_mod.module.{key}": value for key, value in state["model"].items()}
+    new.load_state(state, "here")
+    assert torch.equal(new.model[0].weight, old.model[0].weight)
+    assert torch.equal(new.ema.module[0].weight, old.model[0].weight)
+
+
 def test_mixed_targets_need_the_soft_criterion():
     logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     soft = nn.functional.one_hot(targets, 3).float()

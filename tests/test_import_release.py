@@ -2,18 +2,21 @@
 
 import os
 import pickle
+import re
 import zipfile
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from runs import files_of_at_most, fill_up
 from yacs.config import CfgNode
 
 from quadmamba.configs import load_cfg
 from quadmamba.models import build_model, from_release
 from quadmamba.tools import import_release
 from quadmamba.utils.checkpoint import load_pretrained
+from quadmamba.utils.formats import read
 from tests.literal import official_state
 
 SMALL = {"dims": (16, 24, 32, 40), "depths": (1, 2, 1, 1), "quad": (True, True, False, False)}
@@ -156,3 +159,134 @@ def test_a_model_of_another_order_is_not_exported(tmp_path, capsys):
     assert "expected a scan of the official code" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         import_release.main([*files, "--export"])
+
+
+# ------------------------------------------------------------------------------------- the files
+def imported(folder, *flags, source="in.pth", out="out.safetensors"):
+    return import_release.main([str(folder / source), str(folder / out), *flags])
+
+
+def test_the_average_is_exported_where_it_is_asked_for(tmp_path):
+    plain, _ = official_file(tmp_path / "in.pth")
+    assert imported(tmp_path) == 0
+    model = from_release(plain)
+    states = {
+        "model": model.state_dict(),
+        "ema": {key: value + 1 for key, value in model.state_dict().items()},
+    }
+    metrics = {"model": {"top1": 80.0}, "ema": {"top1": 70.0}}  # the plain ones are better
+    torch.save({**states, "metrics": metrics}, tmp_path / "ours.pth")
+    words = ("--export", "--cfg", str(tmp_path / "out.yaml"))
+    for flags, name in (([], "model"), (["--ema"], "ema")):
+        assert imported(tmp_path, *words, *flags, source="ours.pth", out="back.pth") == 0
+        back = from_release(torch.load(tmp_path / "back.pth", weights_only=True)["model"])
+        assert all(torch.equal(v, states[name][key]) for key, v in back.state_dict().items())
+
+
+def lightning(state):
+    state = {f"net._orig_mod.{key}": value for key, value in state.items()}
+    return {"state_dict": {**state, "loss.weight": torch.ones(7)}, "hyper_parameters": {}}
+
+
+WRAPPED = {
+    "module": lambda s: {"model": {f"module.{key}": value for key, value in s.items()}},
+    "compiled": lambda s: {f"_orig_mod.module.{key}": value for key, value in s.items()},
+    "Lightning": lightning,
+    "mmengine": lambda s: {
+        "meta": {},
+        "message_hub": {},
+        "state_dict": {f"backbone.{key}": value for key, value in s.items()},
+    },
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("case", WRAPPED)
+def test_M2_wrappers_and_layouts_of_others_are_imported(tmp_path, capsys, case, legacy):
+    plain = official_state(**SMALL)
+    payload = {**WRAPPED[case](plain), "config": CfgNode({"A": 1})}
+    torch.save(payload, tmp_path / "in.pth", _use_new_zipfile_serialization=not legacy)
+    assert imported(tmp_path) == 0
+    wanted = from_release(plain).state_dict()
+    found = read(tmp_path / "out.safetensors")["model"]
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[key]) for key, value in found.items())
+    assert ("left out: loss.weight" in capsys.readouterr().err) == (case == "Lightning")
+
+
+def test_W2_class_names_go_in_and_out(tmp_path):
+    names = [f"class {i}" for i in range(7)]
+    official_file(tmp_path / "in.pth", classes=names)
+    assert imported(tmp_path) == 0
+    assert read(tmp_path / "out.safetensors")["classes"] == names
+    words = ("--export", "--cfg", str(tmp_path / "out.yaml"))
+    assert imported(tmp_path, *words, source="out.safetensors", out="back.pth") == 0
+    assert torch.load(tmp_path / "back.pth", weights_only=True)["classes"] == names
+    official_file(tmp_path / "in.pth", classes=names[:3])
+    assert imported(tmp_path) == 2
+
+
+def folder_there(folder):
+    (folder / "out.safetensors").mkdir()
+
+
+def yaml_there(folder):
+    (folder / "out.yaml").write_text("MODEL: {NAME: mine}\n")
+
+
+def yaml_folder(folder):
+    (folder / "out.yaml").mkdir()
+
+
+UNWRITABLE = {
+    "folder": (folder_there, {}, "there is a folder of this name"),
+    "yaml folder": (yaml_folder, {}, "there is a folder of this name"),
+    "full for the yaml": (lambda f: fill_up(f / "out.yaml"), {}, "out.yaml.*No space left"),
+    "no folder": (lambda _: None, {"out": "none/out.safetensors"}, "cannot write .*No such file"),
+    "a configuration of mine": (yaml_there, {}, "out.yaml would be written too, and is there"),
+    "itself": (lambda _: None, {"source": "out.safetensors"}, "no such checkpoint"),
+}
+
+
+def test_C10_tensors_that_find_no_room_leave_nothing(tmp_path, capsys):
+    official_file(tmp_path / "in.pth")
+    with files_of_at_most(5000):
+        assert imported(tmp_path) == 2
+    assert re.match("error: cannot write .*out.safetensors", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+
+
+@pytest.mark.parametrize("case", UNWRITABLE)
+def test_C10_what_cannot_be_written_is_named(tmp_path, capsys, case):
+    spoil, words, message = UNWRITABLE[case]
+    official_file(tmp_path / "in.pth")
+    spoil(tmp_path)
+    assert imported(tmp_path, **words) == 2
+    assert re.match(f"error: .*{message}", capsys.readouterr().err)
+    if case == "a configuration of mine":
+        assert not (tmp_path / "out.safetensors").exists()
+        assert "mine" in (tmp_path / "out.yaml").read_text()
+
+
+def test_an_import_does_not_write_over_its_source(tmp_path, capsys):
+    official_file(tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+    assert imported(tmp_path, source="w.safetensors", out="w.safetensors") == 2
+    assert "another file than IN" in capsys.readouterr().err
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["ours", "nan", "quantised"])
+def test_M3_other_tensors_are_not_imported(tmp_path, capsys, name):
+    state = official_state(**SMALL)
+    key = "classifier.head.weight"
+    if name == "ours":
+        state, words = from_release(state).state_dict(), "expected model weights, named layers"
+    elif name == "nan":
+        state[key] = state[key] * float("nan")
+        words = f"NaN or infinite values: {key}"
+    else:
+        state[key], words = state[key].to(torch.int8), f"{key} (int8)"
+    torch.save({"model": state}, tmp_path / "in.pth")
+    assert imported(tmp_path) == 2
+    assert words in capsys.readouterr().err

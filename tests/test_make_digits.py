@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image
+from runs import files_of_at_most
 from sklearn.datasets import load_digits
 
 from quadmamba.configs import load_cfg
@@ -139,6 +140,25 @@ def test_finished_folders_stay_and_others_are_refused(plain, capsys, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in plain.rglob("*")} == before
     (tmp_path / "file").write_text("")
     assert tool.main([str(tmp_path / "file")]) == 2
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("options", [[], ["--cluttered"]], ids=["plain", "cluttered"])
+def test_C10_a_place_that_takes_no_more_is_named_and_left_clean(tmp_path, capsys, options):
+    with files_of_at_most(60):
+        code = tool.main([str(tmp_path / "digits"), *options])
+    assert code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / 'digits'}: expected a place that can be written")
+    assert "File too large" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("few")
+def test_a_damaged_marker_is_no_marker(tmp_path, capsys):
+    (tmp_path / "digits.json").write_text("{")
+    assert tool.main([str(tmp_path)]) == 2
+    assert "new or empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

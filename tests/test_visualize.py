@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import fill_up
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from quadmamba.models import QuadMamba
@@ -213,13 +214,33 @@ BAD_INPUT = {
     "weights": ({"weights": "none.pth"}, "no such checkpoint"),
     "output": ({"output": "noise.png"}, "--output: cannot write to"),
     "raster": ({"cfg": "raster.yaml"}, "expected a quadtree or release stage"),
+    "C10 folder of the picture's name": ({"output": "taken"}, "cannot write .*there is a folder"),
+    "C10 device of the picture's name": ({"output": "device"}, "cannot write .*no regular file"),
+    "C10 full disk": ({"output": "full"}, "cannot write .*02_noise.png.*No space left"),
+    "C10 file above": ({"output": "noise.png/x"}, "--output: cannot write to"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_wrong_input_ends_with_a_message(inputs, capsys, case):
     (inputs / "raster.yaml").write_text(CONFIG % "[raster, raster, raster, raster]")
+    (inputs / "taken" / "01_noise.png").mkdir(parents=True)
+    (inputs / "device").mkdir()
+    (inputs / "device" / "01_noise.png").symlink_to("/dev/full")
+    (inputs / "full").mkdir()
+    fill_up(inputs / "full" / "02_noise.png")
     change, message = BAD_INPUT[case]
     assert tool.main(command(inputs, **change)) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
+    assert error.startswith("error: ")
+
+
+def test_C10_a_picture_that_cannot_be_written_leaves_the_one_before(inputs, capsys):
+    assert tool.main(command(inputs)) == 0
+    path = inputs / "out" / "01_noise.png"
+    before = path.read_bytes()
+    fill_up(path)
+    assert tool.main(command(inputs, weights="tiny.pth")) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_bytes() == before

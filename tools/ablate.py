@@ -150,13 +150,19 @@ def settings(cfg: CfgNode) -> dict[str, object]:
 def finished(job: Job) -> ablation.Result | None:
     """The result in the folder of `job`, None where there is none yet.
 
-    Raises ConfigError where the run had other settings.
+    Raises ConfigError where the run had other settings or its result cannot be read.
     """
     path = job.folder / "result.json"
     if not path.is_file():
         return None
-    result = ablation.Result(**json.loads(path.read_text()))
-    if result.made_with["config"] != settings(job.load()):
+    try:
+        result = ablation.Result(**json.loads(path.read_text()))
+        made_with = result.made_with["config"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); remove it, the run is made again"
+        ) from error
+    if made_with != settings(job.load()):
         raise ConfigError(
             f"{path} was made with other settings; choose another --output or remove {job.folder}"
         )

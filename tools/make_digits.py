@@ -151,29 +151,38 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = args.out.resolve()
     done = {key: value for key, value in vars(args).items() if key != "out"}
     marker = out / "digits.json"
-    if marker.is_file() and json.loads(marker.read_text()) == done:
+    if _holds(marker, done):
         print(f"{out} already holds these digits")
         return 0
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        print(f"{out}: expected a new or empty folder; give another or remove it", file=sys.stderr)
+        hint = "give another or remove it"
+        print(f"error: {out}: expected a new or empty folder; {hint}", file=sys.stderr)
         return 2
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # A folder of its own beside OUT, so that OUT is never half written
-        part = Path(tempfile.mkdtemp(prefix=f"{out.name}.part-", dir=out.parent))
+        # In a folder beside OUT first, so that OUT is never half written
+        with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as around:
+            part = Path(around) / out.name
+            part.mkdir()
+            if args.cluttered:
+                write_cluttered(part, args)
+            else:
+                write_plain(part)
+            (part / marker.name).write_text(json.dumps(done) + "\n")
+            os.replace(part, out)
     except OSError as error:
-        print(f"{out}: expected a place that can be written: {error}", file=sys.stderr)
+        print(f"error: {out}: expected a place that can be written: {error}", file=sys.stderr)
         return 2
-    part.chmod(0o755)
-    if args.cluttered:
-        write_cluttered(part, args)
-    else:
-        write_plain(part)
-    (part / marker.name).write_text(json.dumps(done) + "\n")
-    os.replace(part, out)
     count = sum(1 for _ in out.glob("*/*/*.png"))
     print(f"{out}: {count} images")
     return 0
+
+
+def _holds(marker: Path, done: dict[str, object]) -> bool:
+    try:
+        return json.loads(marker.read_text()) == done
+    except (OSError, ValueError):
+        return False
 
 
 if __name__ == "__main__":

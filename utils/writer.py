@@ -73,8 +73,15 @@ def write_weights(path: Path, payload: Mapping[str, object]) -> None:
 def save_file(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file of any kind, so that `path` is the old file or the whole new one.
 
-    Raises CheckpointError where the folder or the disk does not take it.
+    Raises CheckpointError where the folder or the disk does not take it, or `path` is no file.
     """
+    try:
+        taken = path.exists() and not path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    if taken:
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise CheckpointError(f"cannot write {path}: there is {kind} of this name; move it away")
     _replace(path, write, 1)
 
 
