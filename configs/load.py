@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
 from quadmamba.configs.defaults import _C
+from quadmamba.configs.settings import Setting, read_opts, read_yaml, sections_of
+from quadmamba.configs.values import ConfigError, check_name, convert, user_path
 
 ORDERS = ("quadtree", "release", "raster", "window")
 _PACKAGED = Path(__file__).parent
+_MAX_MINUTES = 1_000_000  # of a time-out; torch counts it in milliseconds
 _CHOICES = {
     "MODEL.SELECTION": ("predictor", "random", "first"),
     "MODE": ("train", "eval", "throughput", "info"),
@@ -72,32 +72,25 @@ _FRACTIONS = (
 )
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the key, the expected and the got value."""
-
-
 def load_cfg(
     path: str | Path | None = None,
     flags: Mapping[str, object] | None = None,
     opts: Sequence[str] = (),
 ) -> CfgNode:
-    """Merge defaults < YAML at `path` < `flags` < `opts`, check the result and freeze it.
+    """Merge defaults < YAML at `path` < `flags` and `opts`, check the result and freeze it.
 
     path: a file, or the name of a packaged one: quadmamba_small, from any folder. flags: values by
     dotted key, as {"DATA.BATCH_SIZE": 64}. opts: KEY VALUE pairs, values as YAML.
-    Raises ConfigError for a missing file, an unknown key, a wrong type or an impossible value.
+    Raises ConfigError for a missing file, an unknown key, a wrong type, two values for one key or
+    an impossible value.
     """
-    cfg = _C.clone()
+    cfg, file = _C.clone(), []
     if path is not None:
-        _merge(cfg, dict(_flatten(_read_yaml(_find(path)))), f"in {path}")
-    _merge(cfg, dict(flags or {}), "on the command line")
-    if len(opts) % 2:
-        raise ConfigError(
-            f"--opts: expected KEY VALUE pairs, got {len(opts)} words: {' '.join(opts)}"
-        )
-    pairs = zip(opts[0::2], opts[1::2])
-    _merge(cfg, {key: _parse(key, value) for key, value in pairs}, "in --opts")
+        file = read_yaml(_find(user_path(str(path), "--cfg")), list(_keys(cfg)))
+    line = [Setting(key, value, "on the command line") for key, value in (flags or {}).items()]
+    levels = [_merge(cfg, file), _merge(cfg, [*line, *read_opts(opts)])]
     check_cfg(cfg)
+    _check_warmup(cfg, levels)
     cfg.freeze()
     return cfg
 
@@ -105,6 +98,11 @@ def load_cfg(
 def packaged() -> list[str]:
     """Names of the configurations that come with the package."""
     return sorted(path.stem for path in _PACKAGED.glob("*.yaml"))
+
+
+def key_table() -> str:
+    """All keys and their defaults, a line each."""
+    return "\n".join(f"  {key:<24} {get_key(_C, key)!r}" for key in _keys(_C))
 
 
 def get_key(cfg: CfgNode, key: str) -> object:
@@ -116,17 +114,21 @@ def get_key(cfg: CfgNode, key: str) -> object:
 
 def check_cfg(cfg: CfgNode) -> None:
     """Raise ConfigError for a value outside its range or a combination that cannot work."""
+    _check_names(cfg)
     _check_values(cfg)
     _check_model(cfg.MODEL)
     _check_step(cfg)
     _check_recipe(cfg)
 
 
+def _check_names(cfg: CfgNode) -> None:
+    for key in ("MODEL.NAME", "TAG"):
+        check_name(key, get_key(cfg, key))
+    if not cfg.OUTPUT:
+        raise ConfigError("OUTPUT: expected a folder, got nothing (. is the current one)")
+
+
 def _check_values(cfg: CfgNode) -> None:
-    numbers = {key: value for key, value in _flatten(cfg) if isinstance(value, float)}
-    strange = [key for key, value in numbers.items() if not math.isfinite(value)]
-    if strange:
-        raise ConfigError(f"{strange[0]}: expected a finite number, got {numbers[strange[0]]}")
     for key, choices in _CHOICES.items():
         if get_key(cfg, key) not in choices:
             raise ConfigError(
@@ -179,6 +181,10 @@ def _check_quadtree(model: CfgNode) -> None:
 
 def _check_step(cfg: CfgNode) -> None:
     train = cfg.TRAIN
+    if cfg.RANK_TIMEOUT > _MAX_MINUTES:
+        raise ConfigError(
+            f"RANK_TIMEOUT: expected at most {_MAX_MINUTES} minutes, got {cfg.RANK_TIMEOUT}"
+        )
     if train.EMA and not train.EMA_DECAY:
         raise ConfigError(
             "TRAIN.EMA_DECAY: expected above 0 with TRAIN.EMA, got 0 (TRAIN.EMA False keeps none)"
@@ -194,11 +200,6 @@ def _check_recipe(cfg: CfgNode) -> None:
     train, aug = cfg.TRAIN, cfg.AUG
     if not 0 <= train.SEED < 2**63:
         raise ConfigError(f"TRAIN.SEED: expected 0 or more, below 2^63, got {train.SEED}")
-    if train.WARMUP_EPOCHS >= train.EPOCHS and cfg.MODE == "train":
-        raise ConfigError(
-            f"TRAIN.WARMUP_EPOCHS: expected fewer than TRAIN.EPOCHS = {train.EPOCHS}, "
-            f"got {train.WARMUP_EPOCHS}"
-        )
     if len(train.BETAS) != 2 or not all(0 <= b < 1 for b in train.BETAS):
         raise ConfigError(f"TRAIN.BETAS: expected two numbers in [0, 1), got {train.BETAS}")
     if len(aug.SCALE) != 2 or not 0 < aug.SCALE[0] <= aug.SCALE[1] <= 1:
@@ -212,9 +213,27 @@ def _check_recipe(cfg: CfgNode) -> None:
         )
 
 
-def _find(path: str | Path) -> Path:
-    """The file at `path`, or else the packaged one of that name, with or without its ending."""
-    path = Path(path).expanduser()
+def _check_warmup(cfg: CfgNode, levels: Sequence[set[str]]) -> None:
+    """A warm-up that does not fit is an error where it was set together with the epochs, or after.
+
+    levels: the keys that were set, from the first source to the last. A warm-up from an earlier
+    source than the epochs shrinks (`utils.optim.warmup_epochs`).
+    """
+    train = cfg.TRAIN
+    warmup, epochs = (
+        max((i for i, keys in enumerate(levels) if key in keys), default=-1)
+        for key in ("TRAIN.WARMUP_EPOCHS", "TRAIN.EPOCHS")
+    )
+    if cfg.MODE == "train" and train.WARMUP_EPOCHS >= train.EPOCHS and warmup >= epochs:
+        raise ConfigError(
+            f"TRAIN.WARMUP_EPOCHS: expected fewer than TRAIN.EPOCHS = {train.EPOCHS}, "
+            f"got {train.WARMUP_EPOCHS}"
+        )
+
+
+def _find(name: str) -> Path:
+    """The file `name`, or else the packaged one of that name, with or without its ending."""
+    path = Path(name)
     if os.path.isfile(path):
         return path
     name, names = path.name.removesuffix(".yaml"), packaged()
@@ -231,59 +250,35 @@ def _find(path: str | Path) -> Path:
     raise ConfigError(f"--cfg: no such file: {path}{hint}\npackaged, by name: {', '.join(names)}")
 
 
-def _read_yaml(path: Path) -> Mapping[str, object]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--cfg: {path} is not a YAML file: {error}") from error
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"--cfg: expected KEY: value lines in {path}, got {type(tree).__name__}")
-    return tree
-
-
-def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}"
 
 
-def _keys(cfg: CfgNode) -> list[str]:
-    return [key for key, _ in _flatten(cfg)]
-
-
-def _parse(key: str, value: str) -> object:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--opts {key}: expected a YAML value, got {value!r}") from error
-
-
-def _merge(cfg: CfgNode, values: Mapping[str, object], where: str) -> None:
-    known = _keys(cfg)
-    for key, value in values.items():
+def _merge(cfg: CfgNode, settings: Sequence[Setting]) -> set[str]:
+    """Write `settings` into `cfg`; returns their keys. Raises ConfigError where two contradict."""
+    known = list(_keys(cfg))
+    given: dict[str, tuple[object, str]] = {}
+    for setting in settings:
+        key, where = setting.key, setting.where
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"unknown key {key} {where}{hint}")
+            raise _unknown(key, where, known)
         *path, leaf = key.split(".")
         node = get_key(cfg, ".".join(path)) if path else cfg
-        node[leaf] = _convert(key, value, node[leaf], where)
+        value = node[leaf] = convert(key, setting.value, get_key(_C, key), where)
+        before, place = given.setdefault(key, (value, where))
+        if before != value:
+            raise ConfigError(
+                f"{key}: expected one value, got {before!r} {place} and {value!r} {where}"
+            )
+    return set(given)
 
 
-def _convert(key: str, value: object, default: object, where: str) -> object:
-    if isinstance(default, float) and isinstance(value, str):  # YAML 1.1 reads 5e-4 as a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(default, str) and value is None:
-        value = ""
-    same = type(value) is type(default)
-    if same and isinstance(default, list) and default:
-        value = [_convert(f"{key}[{i}]", v, default[0], where) for i, v in enumerate(value)]
-    if not same:
-        expected, got = type(default).__name__, type(value).__name__
-        raise ConfigError(f"{key}: expected {expected} {where}, got {value!r} ({got})")
-    return value
+def _unknown(key: str, where: str, known: Sequence[str]) -> ConfigError:
+    names = {*known, *sections_of(known)} - {key}
+    near = difflib.get_close_matches(key.upper(), sorted(names), 1, 0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"unknown key {key} {where}{hint}")

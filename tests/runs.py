@@ -47,11 +47,24 @@ def write_images(root: Path, train: int = 8, val: int = 5, classes: int = 2) -> 
 
 
 def arguments(*flags: object, **opts: object) -> list[str]:
-    """A command line of the tiny model; keys of opts are written with __ for the dot."""
+    """A command line of the tiny model; keys of opts are written with __ for the dot.
+
+    A flag with a value that is given again counts as given last.
+    """
     keys = TINY | {key.replace("__", "."): value for key, value in opts.items()}
     words = [str(word) for pair in keys.items() for word in pair]
     cfg = ["--cfg", str(ROOT / "configs/quadmamba_lite.yaml"), "--img-size", "32"]
-    return [*cfg, *map(str, flags), "--opts", *words]
+    return [*cfg, *_once(list(map(str, flags))), "--opts", *words]
+
+
+def _once(words: list[str]) -> list[str]:
+    """Drop a flag and its value where the flag comes again."""
+    for i, word in enumerate(words):
+        if word == "--opts":
+            break
+        if word.startswith("--") and word in words[i + 1 :]:
+            return _once(words[:i] + words[i + 2 :])
+    return words
 
 
 def run(*flags: object, **opts: object) -> int:

@@ -24,7 +24,7 @@ from quadmamba.utils.graph_stepper import stepper_kind
 from quadmamba.utils.launch import STOPPED, DeviceError, Place, stop
 from quadmamba.utils.logging import OutputError, RunLog, make_output
 from quadmamba.utils.metrics import Metrics
-from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale
+from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale, warmup_epochs
 from quadmamba.utils.progress import Progress, Window
 from quadmamba.utils.resume import resume, warn_of_changes
 from quadmamba.utils.signals import StopRequest
@@ -102,6 +102,8 @@ def train(cfg: CfgNode, world: World) -> int:
     with world.together(DataError):
         share = {"rank": world.rank, "world_size": world.size, "device": world.device}
         loaders = build_loaders(cfg, **share, with_train=True)
+    with world.together(ConfigError):
+        check_accumulation(cfg, len(loaders.train))
     log = RunLog(folder if world.is_main else None, quiet=not world.is_main)
     log.begin(plain(cfg), loaders.classes)
     greet(cfg, world, log)
@@ -124,6 +126,15 @@ def train(cfg: CfgNode, world: World) -> int:
         )
     log.close()
     return 0 if done else STOPPED
+
+
+def check_accumulation(cfg: CfgNode, batches: int) -> None:
+    """Raise ConfigError where an optimizer step wants more batches than an epoch has."""
+    if batches < cfg.TRAIN.ACCUM_STEPS:
+        raise ConfigError(
+            f"TRAIN.ACCUM_STEPS: expected at most {batches}, the batches of an epoch on each "
+            f"process, got {cfg.TRAIN.ACCUM_STEPS}"
+        )
 
 
 @contextmanager
@@ -177,6 +188,12 @@ def greet(cfg: CfgNode, world: World, log: RunLog) -> None:
         f"batch: {cfg.DATA.BATCH_SIZE} x {recipe.ACCUM_STEPS} steps x {world.size} processes = "
         f"{batch}  learning rate: {recipe.BASE_LR * scale:g} ({rule})"
     )
+    if cfg.MODE == "train" and recipe.WARMUP_EPOCHS >= recipe.EPOCHS:
+        log.warn(
+            f"the warm-up takes {warmup_epochs(cfg):.3g} epochs, as TRAIN.WARMUP_EPOCHS "
+            f"{recipe.WARMUP_EPOCHS} does not fit into TRAIN.EPOCHS {recipe.EPOCHS}; "
+            "--opts TRAIN.WARMUP_EPOCHS N sets it"
+        )
 
 
 def build_reported(cfg: CfgNode, world: World, log: RunLog, classes: int) -> QuadMamba:

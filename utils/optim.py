@@ -8,12 +8,20 @@ from torch import nn
 from yacs.config import CfgNode
 
 TAGS = ("decay", "no_decay", "ssm")
+_WARMUP_SHARE = 20 / 300  # of the epochs, where TRAIN.WARMUP_EPOCHS would leave none of them
 
 
 def lr_scale(cfg: CfgNode, world_size: int = 1) -> float:
     """Factor on the learning rates: images per update of all ranks / TRAIN.LR_BATCH (0: 1)."""
     batch = cfg.DATA.BATCH_SIZE * cfg.TRAIN.ACCUM_STEPS * world_size
     return batch / cfg.TRAIN.LR_BATCH if cfg.TRAIN.LR_BATCH else 1.0
+
+
+def warmup_epochs(cfg: CfgNode) -> float:
+    """Epochs of warm-up: TRAIN.WARMUP_EPOCHS, or of a shorter run a share as the recipe has it."""
+    recipe = cfg.TRAIN
+    fits = recipe.WARMUP_EPOCHS < recipe.EPOCHS
+    return recipe.WARMUP_EPOCHS if fits else recipe.EPOCHS * _WARMUP_SHARE
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module, *, world_size: int = 1) -> torch.optim.AdamW:
@@ -51,7 +59,7 @@ def build_scheduler(
 ) -> CosineLRScheduler:
     """Linear warm-up, then a cosine to TRAIN.MIN_LR; `step_update(updates)` follows each update."""
     scale = lr_scale(cfg, world_size)
-    warmup = cfg.TRAIN.WARMUP_EPOCHS * updates_per_epoch
+    warmup = round(warmup_epochs(cfg) * updates_per_epoch)
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, cfg.TRAIN.EPOCHS * updates_per_epoch - warmup),
