@@ -195,6 +195,13 @@ def test_W2_files_without_names_say_so(data, trained, tmp_path, capsys):
     assert "after epoch 2 of 3" in out
 
 
+def test_W2_fewer_outputs_than_classes_cannot_be_picked_without_names(trained, tmp_path):
+    torch.save({"model": read(trained / "best.pth")["model"]}, tmp_path / "w.pth")
+    message = r"head.fc.weight \(3, 32\) for \(2, 32\).*have 2 classes.*does not name its own"
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(build(2), tmp_path / "w.pth", adapt_head=False, classes=["ant", "cat"])
+
+
 def test_W2_names_that_do_not_fit_their_own_head_are_an_error(trained, tmp_path):
     state = read(trained / "best.pth")["model"]
     torch.save({"model": state, "classes": ["ant", "bee"]}, tmp_path / "w.pth")

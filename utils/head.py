@@ -67,6 +67,12 @@ def fit_head(
     ]
     if adapt and misfit:
         return _with_fresh_head(own, state, f"new head, its shape differs: {first(misfit)}")
+    if classes and any(len(value) != len(classes) for value in outputs.values() if value.dim()):
+        raise CheckpointError(
+            f"{path}: {len(misfit)} of another shape: {first(misfit)}. The data have "
+            f"{len(classes)} classes, and the file does not name its own, to pick them by name; "
+            "to train on these with a new head use --pretrained"
+        )
     unnamed = "it names no classes: its outputs are taken for the data's in sorted order"
     return Fitted(state, notes=(unnamed,) if classes and not misfit else ())
 
