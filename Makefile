@@ -7,7 +7,8 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(CAPABILITIES),9.0)
 # Waiting threads sleep: spinning ones starve each other where processes outnumber cores
 export OMP_WAIT_POLICY ?= PASSIVE
 KERNELS := kernels/selective_scan
-KERNEL_SOURCES := $(KERNELS)/setup.py $(KERNELS)/pyproject.toml $(wildcard $(KERNELS)/csrc/*)
+VERSION := $(KERNELS)/selective_scan/VERSION
+KERNEL_SOURCES := $(KERNELS)/setup.py $(KERNELS)/pyproject.toml $(VERSION) $(wildcard $(KERNELS)/csrc/*)
 
 .PHONY: demo test lint mutants kernels clean
 
@@ -28,7 +29,7 @@ lint: .venv/.ready
 
 kernels: .venv/.kernels
 
-.venv/.ready: constraints.txt requirements.txt setup.py pyproject.toml
+.venv/.ready: constraints.txt requirements.txt setup.py pyproject.toml $(VERSION)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -qq -c constraints.txt setuptools wheel ninja
 	$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -1,5 +1,9 @@
 """QuadMamba: a vision backbone that scans a learned quadtree partition of the image."""
 
+from pathlib import Path
+
+_SCAN = Path(__file__).parent / "kernels" / "selective_scan" / "selective_scan"
+__version__ = (_SCAN / "VERSION").read_text(encoding="utf-8").strip()  # of both distributions
 __all__ = ["QuadMamba", "build_model"]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import NoReturn
 
 from yacs.config import CfgNode
 
@@ -118,5 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_mode(cfg, place)
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """The program as a process: what `python main.py` and the command `quadmamba` run."""
     run_and_leave(main)
+
+
+if __name__ == "__main__":
+    program()

@@ -26,6 +26,7 @@ from functools import lru_cache, wraps
 from typing import TypeVar
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 T = TypeVar("T")
@@ -239,8 +240,9 @@ def _halvings(i: Tensor, side: int | Tensor, levels: int) -> list[Tensor]:
 
 
 def _grid(h: int, w: int) -> tuple[Tensor, Tensor]:
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return y.reshape(-1), x.reshape(-1)
+    """Row and column of each token."""
+    y, x = torch.arange(h), torch.arange(w)
+    return repeat(y, "y -> (y x)", x=w), repeat(x, "x -> (y x)", y=h)
 
 
 def _split(i: Tensor, side: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -170,7 +171,7 @@ class QuadMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Four contiguous maps (b, out_channels[i], ceil(H / strides[i]), ceil(W / strides[i]))."""
-        return [grid.permute(0, 3, 1, 2).contiguous() for grid in self._stages(x)]
+        return [rearrange(grid, "b h w c -> b c h w").contiguous() for grid in self._stages(x)]
 
     def _stages(self, x: Tensor) -> list[Tensor]:
         if x.dim() != 4 or x.shape[1] != self.in_chans or 0 in x.shape[2:]:

@@ -28,6 +28,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from quadmamba.models.orders import SHIFT_SIGNS, RasterOrder, ReleaseOrder
@@ -168,7 +169,9 @@ def official_name(name: str) -> str:
 
 def _official(tensor: Tensor, name: str) -> Tensor:
     """`tensor` in its official shape: that of one route after the other for A and D."""
-    return tensor.flatten(0, 1) if name.endswith((".A_logs", ".Ds")) else tensor
+    return (
+        rearrange(tensor, "k d ... -> (k d) ...") if name.endswith((".A_logs", ".Ds")) else tensor
+    )
 
 
 def _modern(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +182,8 @@ def _modern(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = pattern.sub(replacement, name)
         if name in modern:
             raise ReleaseError(f"expected each tensor once, got {name} under two spellings")
-        modern[name] = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor
+        is_filter = tensor.shape[2:] == (1, 1)
+        modern[name] = rearrange(tensor, "o i 1 1 -> o i") if is_filter else tensor
     return modern
 
 

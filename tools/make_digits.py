@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import sys
@@ -19,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 VAL_IMAGES = 360
 SIDES = (0.1, 0.4)  # side of a digit on the cluttered canvas, as fractions of the canvas
@@ -37,6 +36,9 @@ FAINT = 32  # grey values below it count as background
 
 def load_split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Images (n, 8, 8) uint8 and labels (n,) of `train` and `val`: fixed, and alike in classes."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     parts = train_test_split(
@@ -157,6 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         hint = "give another or remove it"
         print(f"error: {out}: expected a new or empty folder; {hint}", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("sklearn") is None:
+        print(
+            "expected scikit-learn, which holds the digits: pip install scikit-learn",
+            file=sys.stderr,
+        )
         return 2
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

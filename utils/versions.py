@@ -12,6 +12,8 @@ import timm
 import torch
 import torchvision
 
+import quadmamba
+
 _ROOT = Path(__file__).parents[1]
 
 
@@ -19,6 +21,7 @@ _ROOT = Path(__file__).parents[1]
 def versions() -> dict[str, str]:
     """Versions by name; commit is "unknown" where the code is not in a git checkout of its own."""
     return {
+        "quadmamba": quadmamba.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),

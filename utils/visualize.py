@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ def photo(images: Tensor, least: int = _MIN_SIDE) -> Tensor:
     )
     base = (images.float() * std + mean).clamp(0, 1)
     factor = -(-least // min(base.shape[2:]))
-    return base.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return repeat(base, "b c h w -> b c (h i) (w j)", i=factor, j=factor)
 
 
 def side_by_side(panels: Sequence[Tensor]) -> Tensor:
@@ -61,7 +62,8 @@ def heat(level: Tensor) -> Tensor:
     colours = torch.tensor(_HEAT, device=level.device)
     step = level.long().clamp(max=len(_HEAT) - 2)
     part = (level - step).float()[..., None]
-    return (colours[step] * (1 - part) + colours[step + 1] * part).permute(0, 3, 1, 2)
+    colour = colours[step] * (1 - part) + colours[step + 1] * part
+    return rearrange(colour, "b h w c -> b c h w")
 
 
 def _score_panel(base: Tensor, score: Tensor | None) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +19,7 @@ from . import library
 from .ops import selective_scan
 from .reference import selective_scan_ref
 
+BUILD = library.BUILD_COMMAND
 OPS = ("selective_scan_fwd", "selective_scan_bwd", "route_scan_fwd", "route_scan_bwd")
 
 
@@ -77,10 +80,56 @@ def self_test(device: str) -> str:
     return f"{'ok' if error < 1e-5 else 'WRONG'}, relative error {error:.0e}"
 
 
+def quadmamba_sources() -> Path | None:
+    """The copy among the sources of the QuadMamba that Python finds, if there is one."""
+    spec = importlib.util.find_spec("quadmamba")
+    root = Path(spec.origin).resolve().parent if spec and spec.origin else Path()
+    folder = root / "kernels" / "selective_scan" / "selective_scan"
+    return folder if folder.is_dir() else None
+
+
+def taken_copy(installed: Path | None, sources: Path) -> Path:
+    """The copy that QuadMamba takes: the installed one if it is of its own sources' version."""
+    same = installed and library.version_at(installed) == library.version_at(sources)
+    return installed if installed and same else sources
+
+
+def owners_of(folder: Path) -> list[str]:
+    """Names of the distributions that installed the copy in `folder`."""
+    names = {*importlib.metadata.packages_distributions().get("selective_scan", ())}
+    files = {name: importlib.metadata.files(name) or [] for name in names}
+    first = folder / "__init__.py"
+    return sorted(n for n in names if any(Path(f.locate()).resolve() == first for f in files[n]))
+
+
+def advice_on_copies(installed: Path | None, sources: Path | None) -> Iterator[str]:
+    """What to do where more than one copy of this package is about."""
+    if installed is None:
+        return
+    owners = " ".join(owners_of(installed)) or "it"
+    if " " in owners:
+        yield f"several own {installed}: pip uninstall {owners}, then {BUILD}"
+    elif not sources or installed == sources:
+        return
+    elif taken_copy(installed, sources) == sources:
+        version = library.version_at(installed)
+        yield f"{installed} is {version}: pip uninstall {owners}, then {BUILD}"
+    elif not all(same_text(path, installed / path.name) for path in sources.glob("*.py")):
+        yield f"{installed} differs from {sources}: {BUILD}"
+
+
+def same_text(a: Path, b: Path) -> bool:
+    """Whether both files are there and hold the same."""
+    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
+
+
 def _facts() -> Iterator[tuple[str, str]]:
     info = build_info()
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda}), {torch.__file__}"
+    yield "selective_scan", f"{library.version_at(library.HERE)}, {library.HERE}"
+    if sources := quadmamba_sources():
+        yield "quadmamba takes", str(taken_copy(library.installed(), sources))
     yield "library", library.LOAD_ERROR or str(library.PATH)
     if info:
         yield "built with", f"{info['cxx']}; {info['nvcc']}"
@@ -103,19 +152,19 @@ def _tests() -> Iterator[tuple[str, str]]:
 
 
 def _advice() -> Iterator[str]:
+    yield from advice_on_copies(library.installed(), quadmamba_sources())
     if library.LOAD_ERROR is not None:
-        yield f"no compiled kernels; build them: {library.BUILD_COMMAND}"
+        yield f"no compiled kernels; build them: {BUILD}"
         return
     arches = build_info()["arches"]
     if not arches and torch.cuda.is_available():
-        yield f"built without CUDA: install nvcc, then {library.BUILD_COMMAND}"
+        yield f"built without CUDA: install nvcc, then {BUILD}"
     for index in range(torch.cuda.device_count() if arches else 0):
         capability = torch.cuda.get_device_capability(index)
         if not has_code_for(capability, arches):
             number = f"{capability[0]}.{capability[1]}"
             yield (
-                f"no code for cuda:{index}: "
-                f"TORCH_CUDA_ARCH_LIST={number} {library.BUILD_COMMAND} --force-reinstall"
+                f"no code for cuda:{index}: TORCH_CUDA_ARCH_LIST={number} {BUILD} --force-reinstall"
             )
 
 

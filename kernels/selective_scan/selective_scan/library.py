@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PATH = Path(__file__).with_name("_C.so")
+HERE = Path(__file__).resolve().parent
+PATH = HERE / "_C.so"
 BUILD_COMMAND = "pip install --no-build-isolation ./kernels/selective_scan"
 NAMESPACE = "selective_scan"
 
@@ -18,10 +20,25 @@ _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")  # keeps Python registr
 _warned: set[str] = set()
 
 
+def version_at(folder: Path) -> str:
+    """The version of the copy of this package in `folder`."""
+    file = folder / "VERSION"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else "of unknown version"
+
+
+def installed() -> Path | None:
+    """The folder of the copy that `import selective_scan` takes, if there is one."""
+    spec = importlib.util.find_spec("selective_scan")
+    return Path(spec.origin).resolve().parent if spec and spec.origin else None
+
+
 def _load() -> str | None:
     """Load the library. None, or why it is not there."""
     if not PATH.exists():
-        return f"{PATH} does not exist (not built)"
+        reason, other = f"{PATH} does not exist (not built)", installed()
+        if other not in (None, HERE):
+            reason += f"; the copy in {other} is {version_at(other)}, not {version_at(HERE)}"
+        return reason
     if hasattr(getattr(torch.ops, NAMESPACE), "selective_scan_fwd"):
         return f"the ops were already loaded from another copy than {PATH}"
     try:
