@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from yacs.config import CfgNode
 
+import quadmamba
 from quadmamba.configs import ConfigError, key_table, load_cfg, packaged
 from quadmamba.utils.launch import DeviceError, Place, place_from_env, run_and_leave, stop
 
@@ -107,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = Place()
     try:
         place = place_from_env()
+        if place.is_main:
+            warn_of_other_copy()
         cfg = configure(argv)
     except (ConfigError, DeviceError) as error:  # the same on all ranks: one of a node tells it
         return stop(error if place.local_rank == 0 else None)
@@ -117,6 +122,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from quadmamba.utils.modes import run_mode
 
     return run_mode(cfg, place)
+
+
+def warn_of_other_copy() -> None:
+    """Say it where this file, run as a script, is not of the package that is installed."""
+    here, package = Path(__file__).resolve().parent, Path(quadmamba.__file__).resolve().parent
+    if here != package:
+        print(
+            f"warning: running the quadmamba in {package}; changes in {here} are not seen "
+            f"(pip install -e {here})",
+            file=sys.stderr,
+        )
 
 
 def program() -> NoReturn:

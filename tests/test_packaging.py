@@ -166,6 +166,15 @@ def test_M8_the_wheels_run_from_an_empty_folder(site, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_M8_main_of_another_folder_says_which_package_runs(tmp_path):
+    copied = shutil.copy(ROOT / "main.py", tmp_path)
+    for path, count in ((copied, 1), (ROOT / "main.py", 0)):
+        with pytest.raises(AssertionError, match="no such file: none") as failed:
+            python(path, "--cfg", "none", cwd=tmp_path)
+        warning = f"running the quadmamba in {ROOT}; changes in {tmp_path} are not seen"
+        assert str(failed.value).count(warning) == count
+
+
 # ---------------------------------------------------------------------------- what is required
 THROUGH = {"torch.utils.tensorboard": "tensorboard"}  # imported by what we import
 EXTRAS = {"tools": "demo", "benchmarks": "demo", "tests": "dev"}

@@ -17,13 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1 leaves the command to wheel
-    from wheel.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).resolve().parent
 NAME = "selective_scan"
@@ -245,12 +240,27 @@ class BuildKernels(build_ext):
         Build(Path(self.build_temp).resolve())(Path(self.get_ext_fullpath(ext.name)).resolve())
 
 
-class PlatformWheel(bdist_wheel):
-    """A wheel for every Python 3."""
+def wheel_command() -> dict[str, type[Command]]:
+    """`bdist_wheel` for wheels of every Python 3; none where it is neither there nor needed."""
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # setuptools before 70.1 leaves the command to wheel
+        try:
+            from wheel.bdist_wheel import bdist_wheel
+        except ImportError:
+            if {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
+                fail("setuptools 70.1 or later, or wheel", "neither", "pip install wheel")
+            return {}
 
-    def get_tag(self) -> tuple[str, str, str]:
-        """py3-none-<platform>; any platform where no library is built."""
-        return "py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any"
+    class PlatformWheel(bdist_wheel):
+        """A wheel for every Python 3."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            """py3-none-<platform>; any platform where no library is built."""
+            built = self.distribution.ext_modules
+            return "py3", "none", super().get_tag()[2] if built else "any"
+
+    return {"bdist_wheel": PlatformWheel}
 
 
 def extensions() -> list[Extension]:
@@ -281,5 +291,5 @@ setup(
     packages=[NAME],
     package_data={NAME: ["VERSION"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildKernels, **wheel_command()},
 )
