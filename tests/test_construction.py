@@ -131,6 +131,14 @@ def test_build_model_hands_every_key_on():
     assert all(block.op.sign is None for stage in still.stages[:2] for block in stage)
 
 
+def test_the_rate_of_dropped_paths_grows_from_none_to_the_last_block():
+    model = QuadMamba((8, 8, 8, 8), depths=(2, 1, 2, 1), drop_path=0.3)
+    expected = [1.0, 0.94, 0.88, 0.82, 0.76, 0.7]
+    torch.testing.assert_close(model.keep, torch.tensor(expected).view(6, 1, 1))
+    assert "keep" not in model.state_dict()
+    assert QuadMamba((8, 8, 8, 8), depths=(1, 1, 1, 1)).keep.eq(1).all()
+
+
 def test_shifted_blocks_take_the_directions_in_turn():
     """Every second block of a stage; the direction goes on with the number of the block."""
 

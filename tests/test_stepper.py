@@ -1,5 +1,6 @@
 """A step beside the same step by hand: its order, its loss scaling, its schedule."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from test_engine import batch, gradients, make_stepper, weights
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from quadmamba.utils import stepper as module
 from quadmamba.utils.distributed import World
 from quadmamba.utils.stepper import Stepper
 
@@ -131,3 +133,51 @@ def test_bad_steps_are_counted_in_a_row_and_in_all():
     assert (state["skipped"].item(), state["bad_in_row"].item(), state["updates"]) == (3, 1, 4)
     assert state["ema"] is None
     assert state["model"].keys() == stepper.model.state_dict().keys()
+
+
+class Exchange(nn.Module):
+    """In the place of DistributedDataParallel: writes down its settings and where it waits."""
+
+    made: list[tuple[nn.Module, dict[str, object]]] = []
+
+    def __init__(self, module, **settings):
+        super().__init__()
+        self.module, self.waits = module, []
+        Exchange.made.append((module, settings))
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.waits.append("in")
+        yield
+        self.waits.append("out")
+
+    def forward(self, images):
+        self.waits.append("forward")
+        return self.module(images)
+
+
+@pytest.mark.parametrize(("accum", "kind"), [(1, "cpu"), (3, "cpu"), (1, "cuda")])
+def test_ranks_exchange_gradients_with_the_last_part_alone(accum, kind, monkeypatch):
+    monkeypatch.setattr(module, "DistributedDataParallel", Exchange)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **_: torch.empty(*args))
+    Exchange.made.clear()
+    world = World(launched=True, size=2, device=torch.device(kind))
+    found = make_stepper(world, accum=accum)
+    assert found.net.module is found.model
+    assert found.call is found.net
+    settings = {
+        "device_ids": [world.device] if kind == "cuda" else None,
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+        "static_graph": accum == 1,
+    }
+    assert Exchange.made == [(found.model, settings)]
+    found.world = World()
+    for last in (False, True):
+        found.backward(*batch(4), parts=2, last=last)
+    assert found.net.waits == ["in", "forward", "out", "forward"]
+
+
+def test_a_process_alone_exchanges_nothing():
+    found = make_stepper()
+    assert found.net is found.call is found.model
