@@ -6,6 +6,7 @@ that gets the lines which each test reaches. Answers with the exit code, -1 for 
 
 from __future__ import annotations
 
+import compileall
 import importlib
 import json
 import os
@@ -97,6 +98,7 @@ def in_fork(task: dict, log: Path) -> int:
 
 
 if __name__ == "__main__":
+    compileall.compile_dir(".", quiet=1)  # a mutated file is newer than its bytecode
     for name in LIBRARIES:
         importlib.import_module(name)
     for line in sys.stdin:
