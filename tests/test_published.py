@@ -6,7 +6,7 @@ from timm.data.mixup import Mixup
 
 from quadmamba.configs import load_cfg
 from quadmamba.configs.defaults import _C
-from quadmamba.configs.load import _flatten
+from quadmamba.configs.load import get_key
 from quadmamba.data import seeded
 from quadmamba.data.loaders import _build_mixup
 from quadmamba.utils.stepper import autocast, build_criterion
@@ -88,9 +88,9 @@ OURS = {  # what no publication has
 
 
 def test_the_defaults_are_the_published_ones():
-    defaults = dict(_flatten(_C))
     expected = {**PUBLISHED, **OURS}
-    assert {key: defaults[key] for key in expected} == expected
+    defaults = {key: get_key(_C, key) for key in expected}
+    assert defaults == expected
     assert all(type(defaults[key]) is type(value) for key, value in expected.items())
     assert _C.DATA.BATCH_SIZE * 8 / _C.TRAIN.LR_BATCH * _C.TRAIN.BASE_LR == 1e-3  # A.2, at 1024
     assert _C.DATA.IMG_SIZE / _C.DATA.CROP_RATIO == 256
