@@ -61,8 +61,8 @@ class Once(argparse.Action):
             parser.error(f"{option_string}: expected one value, got {before} and {values}")
 
 
-def configure(argv: Sequence[str] | None) -> CfgNode:
-    """The configuration of a command line. Raises ConfigError; an unknown flag exits with 2."""
+def parse(argv: Sequence[str] | None) -> dict[str, object]:
+    """The flags of a command line; an unknown one exits with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"Keys and defaults, for --opts and YAML files:\n{key_table()}",
@@ -80,7 +80,11 @@ def configure(argv: Sequence[str] | None) -> CfgNode:
         parser.add_argument(flag, dest=key, type=kind, action=Once, **about)
     parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys")
     parser.add_argument("--local-rank", "--local_rank", type=int, help="ignored: LOCAL_RANK counts")
-    flags = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def configure(flags: dict[str, object]) -> CfgNode:
+    """The configuration of the flags of a command line. Raises ConfigError."""
     path, opts = flags.pop("cfg", None), flags.pop("opts", [])
     flags.pop("local_rank", None)
     if path is None:
@@ -107,12 +111,12 @@ def info(cfg: CfgNode) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code. What a mode needs is imported when it is chosen."""
-    place = Place()
+    flags, place = parse(argv), Place()
     try:
         place = place_from_env()
         if place.is_main:
             warn_of_other_copy()
-        cfg = configure(argv)
+        cfg = configure(flags)
     except (ConfigError, DeviceError) as error:  # the same on all ranks: one of a node tells it
         return stop(error if place.local_rank == 0 else None)
     if cfg.MODE == "info":
