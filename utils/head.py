@@ -60,6 +60,19 @@ def fit_head(
         if same(saved, classes):
             return Fitted(state)
         return _by_name(own, state, outputs, saved, classes, adapt=adapt, path=path)
+    return _in_order(own, state, outputs, classes, adapt=adapt, path=path)
+
+
+def _in_order(
+    own: Mapping[str, Tensor],
+    state: dict[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    classes: Sequence[str],
+    *,
+    adapt: bool,
+    path: object,
+) -> Fitted:
+    """The head of a file without class names: its outputs are taken for the data's classes."""
     misfit = [
         f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}"
         for key, value in outputs.items()
