@@ -92,6 +92,7 @@ ONE = {
     "FLOP counter": {**PLAIN, "total_ops": torch.ones(1), "stem.total_params": torch.ones(1)},
     "optimizer by name": {"model": PLAIN, "optimizer": {"state": {"stem.weight": PLAIN}}},
     "own name": under("my_classifier.encoder"),
+    "a decoder with stages": {**under("backbone"), "decoder.stages.0.weight": torch.ones(2)},
 }
 
 
