@@ -100,7 +100,7 @@ def read_canvases(root: Path, part: str) -> Canvases:
     if not table.is_file():
         raise DataError(
             f"no such file: {table}; make the data with\n"
-            f"  python tools/make_digits.py {root} --cluttered --train 6000 --val 1440"
+            f"  python -m quadmamba.tools.make_digits {root} --cluttered --train 6000 --val 1440"
         )
     with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{part}/")]

@@ -198,7 +198,7 @@ def test_a_model_of_other_names_is_shown_what_was_expected(tmp_path):
     assert "named stages.*, stem.*" in message
     assert "conv1.weight, bn1.weight" in message
     official = {"patch_embed.0.weight": torch.ones(1), "layers.0.blocks.0.op.Ds": torch.ones(1)}
-    assert "tools/import_release.py" in refusal(tmp_path, {"model": official})
+    assert "python -m quadmamba.tools.import_release" in refusal(tmp_path, {"model": official})
     assert "no tensor" in refusal(tmp_path, {"model": {"a": 1}})
 
 
