@@ -59,6 +59,11 @@ class CanvasLoader:
         self.mean, self.scale = mean, 1 / (255 * std)
 
     @property
+    def dataset(self) -> Tensor:
+        """One entry for each canvas: its class."""
+        return self.canvases.targets
+
+    @property
     def sampler(self) -> CanvasLoader:
         """Where the engine announces an epoch: here."""
         return self

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from quadmamba.utils.console import lasting_console
+
 # Exit codes of the program
 CRASH, USER_ERROR, STOPPED = 1, 2, 3
 _TORCHRUN, _SLURM = "RANK", "SLURM_STEP_NUM_TASKS"  # variables of the launchers
@@ -141,15 +143,16 @@ def run_and_leave(program: Callable[[], int]) -> NoReturn:
     if not {_TORCHRUN, _SLURM} & set(os.environ):
         sys.exit(program())
     code = CRASH
-    try:
-        code = program()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else CRASH
-    finally:
-        if sys.exc_info()[1] is not None:
-            sys.excepthook(*sys.exc_info())
-        threading._shutdown()  # a checkpoint that is being written is written to its end
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    with lasting_console():
+        try:
+            code = program()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else CRASH
+        finally:
+            if sys.exc_info()[1] is not None:
+                sys.excepthook(*sys.exc_info())
+            threading._shutdown()  # a checkpoint that is being written is written to its end
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
