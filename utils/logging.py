@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quadmamba.utils.board import Board
 from quadmamba.utils.files import OutputError, older, put, reason
-
 from quadmamba.utils.versions import versions
 
 LOG_FILE = "log.jsonl"

@@ -95,7 +95,8 @@ def write_weights(path: Path, payload: Mapping[str, object]) -> None:
 def save_file(path: Path, write: Callable[[Path], object], *, need: int = 0) -> None:
     """Let `write` make a file of any kind, so that `path` is the old file or the whole new one.
 
-    need: its bytes, where they are known. Raises CheckpointError where the folder or the disk does not take it, or `path` is no file.
+    need: its bytes, where they are known. Raises CheckpointError where the folder or the disk does
+    not take it, or `path` is no file.
     """
     try:
         taken = path.exists() and not path.is_file()
