@@ -1,6 +1,6 @@
 """Two runs that start into one folder at the same moment: python tests/meet.py ROUNDS OUT -- WORDS.
 
-WORDS of main lack the output folder. Each round has one of its own in OUT. Its runs are forks of
+WORDS of main have TRAIN.EPOCHS 1 and DATA.WORKERS, and no output folder. Each round has one of its own in OUT. Its runs are forks of
 this process, so that nothing is imported twice: two meet right before the lock of the folder; a
 third one goes on there in more epochs, and is killed by kill -9 in its second step, with its loader
 processes left behind; a fourth one starts right after that. Prints the exit codes of each round as
@@ -71,11 +71,13 @@ def die_in_the_second_step() -> None:
 def play(out: Path, words: list[str]) -> list[int]:
     """One round; the exit codes of its four runs."""
     out.mkdir(parents=True)
-    words = [*words[:2], "--output", str(out), *words[2:]]
+    words = ["--output", str(out), *words]
     barrier = multiprocessing.get_context("fork").Barrier(2)
     pids = [live(words, out / f"{i}.txt", lambda: meet(barrier)) for i in range(2)]
     codes = [code_of(pid) for pid in pids]
-    more = [*words, "TRAIN.EPOCHS", "2", "DATA.WORKERS", "1"]
+    more = list(words)
+    for key, value in {"TRAIN.EPOCHS": "2", "DATA.WORKERS": "1"}.items():
+        more[more.index(key) + 1] = value
     codes.append(code_of(live(more, out / "2.txt", die_in_the_second_step)))
     codes.append(code_of(live(more, out / "3.txt")))
     return codes
