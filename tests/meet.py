@@ -1,10 +1,10 @@
 """Two runs that start into one folder at the same moment: python tests/meet.py ROUNDS OUT -- WORDS.
 
-WORDS of main have TRAIN.EPOCHS 1 and DATA.WORKERS, and no output folder. Each round has one of its own in OUT. Its runs are forks of
-this process, so that nothing is imported twice: two meet right before the lock of the folder; a
-third one goes on there in more epochs, and is killed by kill -9 in its second step, with its loader
-processes left behind; a fourth one starts right after that. Prints the exit codes of each round as
-a JSON list; what the runs say goes to files beside the folder.
+WORDS of main have TRAIN.EPOCHS 1 and DATA.WORKERS, and no output folder. Each round has one of its
+own in OUT. Its runs are forks of this process, so that nothing is imported twice: two meet right
+before the lock of the folder; a third one goes on there in more epochs, and is killed by kill -9 in
+its second step, with its loader processes left behind; a fourth one starts right after that. Prints
+the exit codes of each round as a JSON list; what the runs say goes to files beside the folder.
 """
 
 from __future__ import annotations
