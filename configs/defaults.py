@@ -69,6 +69,8 @@ _C.DATA.INTERPOLATION = "bicubic"
 _C.DATA.CROP_RATIO = 0.875
 # An unreadable image: raise (stop and name it) | skip (leave it out, count and report it)
 _C.DATA.ON_ERROR = "raise"
+# Most pixels of an image that is read, whatever its format; a worker needs up to 20 bytes for each
+_C.DATA.MAX_PIXELS = 80_000_000
 
 # ------------------------------------------------------------------------------------------------
 # Augmentation (the DeiT recipe)

@@ -1,6 +1,7 @@
 """Data: images in class folders, the augmentation, and batches over all ranks."""
 
-from quadmamba.data.datasets import DataError, FolderImages, read_image
+from quadmamba.data.datasets import FolderImages
+from quadmamba.data.images import DataError, read_image
 from quadmamba.data.loaders import ImageLoader, Loaders, build_loaders, skipped_images
 from quadmamba.data.prefetch import Prefetcher, normalise
 from quadmamba.data.seeds import seeded

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from quadmamba.data.datasets import DataError, read_image
+from quadmamba.data.images import DataError, read_image
 
 POSITIONS = "positions.csv"
+_LARGEST = 2**24  # pixels of a canvas
 _MOVE = 14  # a training canvas moves by up to a 14th of its side
 
 
@@ -57,11 +58,6 @@ class CanvasLoader:
             for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         )
         self.mean, self.scale = mean, 1 / (255 * std)
-
-    @property
-    def dataset(self) -> Tensor:
-        """One entry for each canvas: its class."""
-        return self.canvases.targets
 
     @property
     def sampler(self) -> CanvasLoader:
@@ -105,14 +101,22 @@ def read_canvases(root: Path, part: str) -> Canvases:
     if not table.is_file():
         raise DataError(
             f"no such file: {table}; make the data with\n"
-            f"  python -m quadmamba.tools.make_digits {root} --cluttered --train 6000 --val 1440"
+            f"  python tools/make_digits.py {root} --cluttered --train 6000 --val 1440"
         )
     with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{part}/")]
     if not rows:
         raise DataError(f"{table}: expected canvases of {part}/, found none")
-    images = [read_image(root / row["file"])[..., 0] for row in rows]
     size = int(rows[0]["size"])
+    images = [_read_canvas(root / row["file"], size) for row in rows]
     centres = [[float(row[key]) / size for key in ("center_y", "center_x")] for row in rows]
     targets = [int(row["file"].split("/")[1]) for row in rows]
     return Canvases(torch.stack(images), torch.tensor(targets), torch.tensor(centres))
+
+
+def _read_canvas(path: Path, size: int) -> Tensor:
+    image = read_image(path, _LARGEST)[..., 0]
+    if image.shape != (size, size):
+        h, w = image.shape
+        raise DataError(f"{path}: expected {size} x {size} pixels as in {POSITIONS}, got {w} x {h}")
+    return image

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
-from torchvision.io import decode_jpeg
 
 from quadmamba.data.erasing import Hole
+from quadmamba.data.folders import notes, read_classes
+from quadmamba.data.images import DataError, read_image, shown
 from quadmamba.data.seeds import seeded
-from quadmamba.data.transforms import Transform, to_bytes
+from quadmamba.data.transforms import Transform
 
-# What Pillow raises for a file that is missing, cut short, damaged or no image
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_JPEG = b"\xff\xd8\xff"
 _MAX_IN_A_ROW = 100
 _HINT = "Repair or remove the file, or leave such images out with DATA.ON_ERROR skip."
-
-
-class DataError(Exception):
-    """Data that cannot be used: the message says what was expected, what came and what to do."""
 
 
 class Sample(NamedTuple):
@@ -85,16 +64,28 @@ class FolderImages(Dataset[Sample]):
 
     root: holds one sub-folder a class. on_error: `raise` puts an error into the sample of an
     unreadable image, `skip` leaves the image out, or takes the next readable one where `replace`.
-    unreadable: the files left out so far, kept by the loader in the main process.
-    Raises DataError for a missing folder, one without classes and an empty class.
+    max_pixels: of an image that is read. unreadable: the files left out so far, kept by the loader
+    in the main process. notes: what is left out of the folder, as lines to be said.
+    Raises DataError for a missing folder, fewer than two classes and an empty class.
     """
 
     def __init__(
-        self, root: Path, transform: Transform, *, seed: int, on_error: str, replace: bool
+        self,
+        root: Path,
+        transform: Transform,
+        *,
+        seed: int,
+        on_error: str,
+        replace: bool,
+        max_pixels: int,
     ) -> None:
-        folder = _read_folder(root)
-        self.classes: list[str] = folder.classes
-        self.samples: list[tuple[str, int]] = folder.samples
+        found = read_classes(root)
+        self.classes: list[str] = list(found.images)
+        self.samples: list[tuple[str, int]] = [
+            (path, number) for number, paths in enumerate(found.images.values()) for path in paths
+        ]
+        self.notes = list(notes(found))
+        self.max_pixels = max_pixels
         self.transform = transform
         self.seed = seed
         self.on_error = on_error
@@ -111,7 +102,7 @@ class FolderImages(Dataset[Sample]):
         for offset in range(tries):
             path, target = self.samples[(index + offset) % len(self)]
             try:
-                image = read_image(path)
+                image = read_image(path, self.max_pixels)
             except DataError as error:
                 unreadable.append(path)
                 if self.on_error == "raise":
@@ -120,58 +111,5 @@ class FolderImages(Dataset[Sample]):
             with seeded(self.seed, epoch, index):
                 view = self.transform(image)
             return Sample(view.image, target, view.hole, tuple(unreadable))
-        message = f"{tries} images in a row cannot be read, the first is {unreadable[0]}"
+        message = f"{tries} images in a row cannot be read, the first is {shown(unreadable[0])}"
         return Sample(None, target, None, tuple(unreadable), message if self.replace else "")
-
-
-def read_image(path: str | Path) -> Tensor:
-    """The image as RGB bytes (h, w, 3).
-
-    JPEGs of three colours are decoded by torchvision, all else by Pillow; both decode a JPEG with
-    libjpeg-turbo, to the same bytes. Raises DataError where the file cannot be read.
-    """
-    try:
-        image = _decode_jpeg(path)
-        return to_bytes(default_loader(path)) if image is None else image
-    except _UNREADABLE as error:
-        reason = str(error) or type(error).__name__
-        raise DataError(f"cannot read the image {path}: {reason}") from error
-
-
-def _decode_jpeg(path: str | Path) -> Tensor | None:
-    """The bytes of a JPEG in RGB; None for grey, CMYK, other formats and damage."""
-    content = np.fromfile(path, np.uint8)
-    if content[:3].tobytes() != _JPEG:
-        return None
-    try:
-        image = decode_jpeg(torch.from_numpy(content))
-    except RuntimeError:  # Pillow shall say what is wrong
-        return None
-    return image.permute(1, 2, 0) if len(image) == 3 else None
-
-
-def _read_folder(root: Path) -> ImageFolder:
-    if not root.is_dir():
-        raise DataError(
-            f"no such folder: {root}\n"
-            "DATA.PATH (--data-path) is expected to hold train/ and val/, "
-            "each with one sub-folder a class."
-        )
-    if not any(entry.is_dir() for entry in root.iterdir()):
-        raise DataError(f"expected one sub-folder a class in {root}, found no folder")
-    folder = ImageFolder(str(root), allow_empty=True)
-    empty = [
-        folder.classes[i] for i in sorted(set(range(len(folder.classes))) - set(folder.targets))
-    ]
-    if empty:
-        raise DataError(
-            f"expected images in every class folder of {root}, found none in {shorten(empty)}\n"
-            "Add images (.jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp) or remove the folders."
-        )
-    return folder
-
-
-def shorten(names: Sequence[str], limit: int = 5) -> str:
-    """The first `limit` names in one line, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

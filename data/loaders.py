@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
-from quadmamba.data.datasets import Batch, DataError, FolderImages, collate, shorten
+from quadmamba.data.datasets import Batch, FolderImages, collate
+from quadmamba.data.folders import differing_classes
+from quadmamba.data.images import DataError
 from quadmamba.data.prefetch import Prefetcher
 from quadmamba.data.transforms import Transform, build_transforms
 
@@ -85,12 +87,14 @@ class Loaders:
 
     train: None where only validation was asked for. mixup: timm's Mixup, to be called on a
     training batch inside `seeded`; None where it is off. classes: the names of the folders.
+    notes: what of the folders is left out, as lines to be said.
     """
 
     train: ImageLoader | None
     val: ImageLoader
     mixup: Mixup | None
     classes: list[str]
+    notes: list[str]
 
 
 def build_loaders(
@@ -122,13 +126,15 @@ def build_loaders(
     mine = [(0, i) for i in range(len(val_set))[rank::world_size]]
     val = _build_loader(cfg, val_set, mine, prefetcher)
     if not with_train:
-        return Loaders(None, val, None, classes)
+        return Loaders(None, val, None, classes, val_set.notes)
     train_set = _build_dataset(cfg, "train", transforms.train)
-    _check_same_classes(cfg.DATA.PATH, train_set.classes, classes)
+    if message := differing_classes(cfg.DATA.PATH, train_set.classes, classes):
+        raise DataError(message)
     _check_batch(cfg, len(train_set), world_size)
     sampler = TrainSampler(len(train_set), rank=rank, world_size=world_size, seed=cfg.TRAIN.SEED)
     train = _build_loader(cfg, train_set, sampler, prefetcher)
-    return Loaders(train, val, _build_mixup(cfg, len(classes)), classes)
+    notes = train_set.notes + val_set.notes
+    return Loaders(train, val, _build_mixup(cfg, len(classes)), classes, notes)
 
 
 def _end_workers() -> None:
@@ -142,7 +148,7 @@ def _end_workers() -> None:
 def leave_signals_to_parent(worker: int) -> None:
     """In a worker process: a signal to the whole job does not end it before its parent saved."""
     del worker
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -158,6 +164,7 @@ def _build_dataset(cfg: CfgNode, part: str, transform: Transform) -> FolderImage
         seed=cfg.TRAIN.SEED,
         on_error=cfg.DATA.ON_ERROR,
         replace=part == "train",
+        max_pixels=cfg.DATA.MAX_PIXELS,
     )
 
 
@@ -207,16 +214,6 @@ def _check_num_classes(cfg: CfgNode, classes: list[str]) -> None:
             f"MODEL.NUM_CLASSES: expected 0 or the {len(classes)} class folders of "
             f"{cfg.DATA.PATH}, got {cfg.MODEL.NUM_CLASSES}"
         )
-
-
-def _check_same_classes(path: str, train: list[str], val: list[str]) -> None:
-    if train == val:
-        return
-    lines = [f"expected the same class folders in {path}/train and {path}/val"]
-    for name, extra in (("train", set(train) - set(val)), ("val", set(val) - set(train))):
-        if extra:
-            lines.append(f"only in {name}/ ({len(extra)}): {shorten(sorted(extra))}")
-    raise DataError("\n".join(lines))
 
 
 def _check_batch(cfg: CfgNode, images: int, world_size: int) -> None:

@@ -20,6 +20,8 @@ from yacs.config import CfgNode
 from quadmamba.data.augment import repair
 from quadmamba.data.erasing import Hole, draw_hole
 
+_LONGEST = 16  # a longer strip, by its shorter side, is not resized as a whole
+
 
 class View(NamedTuple):
     """What a transform makes of an image: bytes (size, size, 3), and what is to be erased."""
@@ -93,6 +95,8 @@ class TrainTransform:
         top, left, h, w = RandomResizedCropAndInterpolation.get_params(
             image.permute(2, 0, 1), self.scale, self.ratio
         )
+        h, w = max(1, h), max(1, w)  # timm rounds to 0 where a side is a few pixels
+        top, left = min(top, image.shape[0] - h), min(left, image.shape[1] - w)
         crop = image[top : top + h, left : left + w]
         view = resize(crop, (self.size, self.size), self.interpolation)
         if self.hflip and random.random() < self.hflip:
@@ -114,9 +118,31 @@ class ValTransform:
         h, w = image.shape[:2]
         longer = int(self.short * max(h, w) / min(h, w))
         h, w = (self.short, longer) if h <= w else (longer, self.short)
-        resized = resize(image, (h, w), self.interpolation)
         top, left = round((h - self.size) / 2), round((w - self.size) / 2)
+        if longer > _LONGEST * self.short:
+            return View(self._centre_of_strip(image, (h, w), (top, left)))
+        resized = resize(image, (h, w), self.interpolation)
         return View(resized[top : top + self.size, left : left + self.size])
+
+    def _centre_of_strip(
+        self, image: Tensor, size: tuple[int, int], corner: tuple[int, int]
+    ) -> Tensor:
+        """What a crop at `corner` of the image resized to `size` holds, made from that part alone.
+
+        Pillow resamples a part as it would the whole, which for a strip may be too much to hold.
+        """
+        edges = []  # of the part in pixels of the image, and of a larger one with all that is read
+        for side, resized, first in zip(image.shape[:2], size, corner):
+            scale = side / resized
+            low, high = first * scale, (first + self.size) * scale
+            margin = 3 * math.ceil(max(1, scale))
+            start = max(0, math.floor(low) - margin)
+            edges.append((low - start, high - start, start, min(side, math.ceil(high) + margin)))
+        (top, bottom, y0, y1), (left, right, x0, x1) = edges
+        part = Image.fromarray(image[y0:y1, x0:x1].numpy())
+        resample = Image.Resampling[self.interpolation.upper()]
+        square = (self.size, self.size)
+        return to_bytes(part.resize(square, resample, box=(left, top, right, bottom)))
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:

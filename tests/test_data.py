@@ -202,15 +202,19 @@ def test_contents_that_are_no_image(root, content):
         EOFError(),
         struct.error("unpack"),
         zlib.error("incorrect data"),
-        Image.DecompressionBombError("too large"),
+        Image.DecompressionBombError("Image size (9 pixels) exceeds limit of 8 pixels"),
+        MemoryError(),
+        AttributeError("a decoder's own fault"),
+        OverflowError("too large"),
+        KeyError("mode"),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_every_error_of_a_decoder_names_the_file(root, monkeypatch, error):
-    def fail(_):
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("quadmamba.data.datasets.default_loader", fail)
+    monkeypatch.setattr("quadmamba.data.images.Image.open", fail)
     with pytest.raises(DataError, match=r"ant/0\.png: \w+"):
         list(build_loaders(make_cfg(root), with_train=False).val)
 

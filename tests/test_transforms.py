@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import finish, start
 from timm.data import create_transform
 
 from quadmamba.configs import load_cfg
@@ -12,6 +13,7 @@ from quadmamba.data.datasets import Sample, collate
 from quadmamba.data.prefetch import Prefetcher
 from quadmamba.data.transforms import resize, to_bytes
 
+MAX_PIXELS = 10**6
 AUGMENTATIONS = {
     "crop": ("AUG.SCALE", [0.5, 0.6]),
     "flip": ("AUG.HFLIP", 0.5),
@@ -112,6 +114,99 @@ def test_small_images_are_enlarged(part):
     assert transform(image).image.shape == (32, 32, 3)
 
 
+TINY = [
+    (1, 1),
+    (1, 2),
+    (2, 1),
+    (1, 3),
+    (3, 1),
+    (2, 2),
+    (3, 2),
+    (1, 5),
+    (4, 3),
+    (1, 20000),
+    (20000, 1),
+]
+
+
+@pytest.mark.parametrize("size", TINY)
+def test_C3_any_image_of_one_pixel_and_more_works(size):
+    image = to_bytes(noise(*size))
+    transforms = build_transforms(load_cfg(flags={"DATA.IMG_SIZE": 16, "AUG.SCALE": [0.01, 1.0]}))
+    for seed in range(60):
+        with seeded(seed):
+            view = transforms.train(image).image
+        assert view.shape == (16, 16, 3)
+    assert transforms.val(image).image.shape == (16, 16, 3)
+
+
+def test_C3_the_crop_of_a_tiny_image_is_one_of_its_pixels():
+    image = to_bytes(noise(3, 2))
+    colours = {tuple(colour) for colour in image.view(-1, 3).tolist()}
+    transform, seen = train_transform(**{"AUG.SCALE": [0.01, 0.02]}), set()
+    for seed in range(100):
+        with seeded(seed):
+            view = transform(image).image
+        assert (view == view[0, 0]).all()
+        seen.add(tuple(view[0, 0].tolist()))
+    assert seen == colours
+
+
+# Strips, the longest by their shorter sides: resized as a whole by Pillow they still fit
+STRIPS = [(40, 3000), (3000, 40), (30, 481), (300, 9000), (1, 300), (300, 1), (700, 12000)]
+
+
+def centre_by_pillow(image, short, size, resample):
+    """The whole resized by Pillow, its shorter side to `short`, then the crop."""
+    w, h = image.size
+    long = int(short * max(w, h) / min(w, h))
+    w, h = (long, short) if w > h else (short, long)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    return image.resize((w, h), resample).crop((left, top, left + size, top + size))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", STRIPS)
+def test_C4_the_centre_of_a_strip_is_that_of_pillow(size, interpolation):
+    image = noise(*(max(1, side // 3) for side in size)).resize(size[::-1])
+    keys = {"DATA.IMG_SIZE": 56, "DATA.INTERPOLATION": interpolation}
+    got = build_transforms(load_cfg(flags=keys)).val(to_bytes(image)).image
+    expected = centre_by_pillow(image, 64, 56, Image.Resampling[interpolation.upper()])
+    assert differences(got, expected).max() <= 1
+    assert (differences(got, expected) > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("ratio", [15, 16, 17, 18])
+def test_C4_both_ways_agree_where_they_meet(ratio):
+    image = photo(48, 48 * ratio)
+    for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+        got = build_transforms(load_cfg()).val(to_bytes(turned)).image
+        expected = centre_by_pillow(turned, 256, 224, Image.Resampling.BICUBIC)
+        assert differences(got, expected).max() <= 1
+
+
+STRIP = """
+import resource, sys, torch
+from quadmamba.configs import load_cfg
+from quadmamba.data import build_transforms, seeded
+transforms = build_transforms(load_cfg())
+for size in ((1, 60_000), (60_000, 1), (2, 30_000_000), (60_000_000, 1)):
+    image = torch.zeros(*size, 3, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert transforms.val(image).image.shape == (224, 224, 3)
+    with seeded(0):
+        assert transforms.train(image).image.shape == (224, 224, 3)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_C4_memory_is_bounded_by_the_output():
+    code, out, err = finish(start(["-c", STRIP]), timeout=60)
+    assert code == 0, err
+    grown = [int(line) * 1024 for line in out.splitlines()]
+    assert max(grown) < 100e6, "of 11.8 GB for the whole of the first strip"
+
+
 def test_training_augments_as_timm():
     """The same seed gives the same crop and operations; thresholds spread what a bit differs in."""
     image, cfg = photo(375, 500), load_cfg(flags={"AUG.HFLIP": 0.0, "AUG.REPROB": 0.0})
@@ -190,7 +285,7 @@ FILES = {
 def test_files_are_read_as_pillow_reads_them(tmp_path, name):
     mode, options = FILES[name]
     photo(96, 120).convert(mode).save(tmp_path / name, **options)
-    got = read_image(tmp_path / name)
+    got = read_image(tmp_path / name, MAX_PIXELS)
     assert (got.dtype, got.shape, got.is_contiguous()) == (torch.uint8, (96, 120, 3), True)
     assert np.array_equal(got, np.asarray(Image.open(tmp_path / name).convert("RGB")))
 
@@ -201,4 +296,4 @@ def test_a_jpeg_cut_short_is_named(tmp_path, kept):
     photo(96, 120).save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(DataError, match=r"a\.jpg: \w+"):
-        read_image(path)
+        read_image(path, MAX_PIXELS)

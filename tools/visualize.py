@@ -47,7 +47,7 @@ def visualize(args: argparse.Namespace) -> list[Path]:
     cfg = load_cfg(args.cfg, opts=args.opts)
     device = choose_device(cfg.DEVICE, World())
     transform = build_transforms(cfg).val
-    read = [transform(read_image(path)).image for path in args.images]
+    read = [transform(read_image(path, cfg.DATA.MAX_PIXELS)).image for path in args.images]
     images = [normalise(image[None].to(device))[0] for image in read]
     torch.manual_seed(cfg.TRAIN.SEED)
     model = build_model(cfg)
