@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 main.py --cfg configs/quadmamba_small.yaml --data-path DATA
 
 Exit codes: 0 done; 1 a crash, with a traceback; 2 wrong input, data or disk, with a message;
-3 saved and ended by a signal (SIGTERM, SIGINT, SIGUSR1), start again to go on; 128 + N a second
-signal N.
+3 saved and ended by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP), start again to go on; 128 + N a
+second signal N.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from yacs.config import CfgNode
 
 import quadmamba
 from quadmamba.configs import ConfigError, key_table, load_cfg, packaged
+from quadmamba.utils.console import check_printed, lasting_console
+from quadmamba.utils.files import OutputError
 from quadmamba.utils.launch import DeviceError, Place, place_from_env, run_and_leave, stop
 
 # Modes beside training, and what they print
@@ -61,8 +63,8 @@ class Once(argparse.Action):
             parser.error(f"{option_string}: expected one value, got {before} and {values}")
 
 
-def configure(argv: Sequence[str] | None) -> CfgNode:
-    """The configuration of a command line. Raises ConfigError; an unknown flag exits with 2."""
+def parse(argv: Sequence[str] | None) -> dict[str, object]:
+    """The flags of a command line; an unknown one exits with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"Keys and defaults, for --opts and YAML files:\n{key_table()}",
@@ -80,7 +82,11 @@ def configure(argv: Sequence[str] | None) -> CfgNode:
         parser.add_argument(flag, dest=key, type=kind, action=Once, **about)
     parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys")
     parser.add_argument("--local-rank", "--local_rank", type=int, help="ignored: LOCAL_RANK counts")
-    flags = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def configure(flags: dict[str, object]) -> CfgNode:
+    """The configuration of the flags of a command line. Raises ConfigError."""
     path, opts = flags.pop("cfg", None), flags.pop("opts", [])
     flags.pop("local_rank", None)
     if path is None:
@@ -103,22 +109,24 @@ def info(cfg: CfgNode) -> None:
     print(f"{cfg.MODEL.NAME}\n{counts.table()}")
     line = {"model": cfg.MODEL.NAME, "params": counts.params, "gmacs": round(counts.gmacs, 4)}
     print(json.dumps({**line, "img_size": cfg.DATA.IMG_SIZE}))
+    check_printed()
 
 
+@lasting_console()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code. What a mode needs is imported when it is chosen."""
-    place = Place()
+    flags, place = parse(argv), Place()
     try:
         place = place_from_env()
         if place.is_main:
             warn_of_other_copy()
-        cfg = configure(argv)
-    except (ConfigError, DeviceError) as error:  # the same on all ranks: one of a node tells it
-        return stop(error if place.local_rank == 0 else None)
-    if cfg.MODE == "info":
-        if place.is_main:
-            info(cfg)
-        return 0
+        cfg = configure(flags)
+        if cfg.MODE == "info":
+            if place.is_main:
+                info(cfg)
+            return 0
+    except (ConfigError, DeviceError, OutputError) as error:
+        return stop(error if place.local_rank == 0 else None)  # the same on all ranks of a node
     from quadmamba.utils.modes import run_mode
 
     return run_mode(cfg, place)

@@ -60,6 +60,11 @@ class CanvasLoader:
         self.mean, self.scale = mean, 1 / (255 * std)
 
     @property
+    def dataset(self) -> Tensor:
+        """One entry for each canvas: its class."""
+        return self.canvases.targets
+
+    @property
     def sampler(self) -> CanvasLoader:
         """Where the engine announces an epoch: here."""
         return self
@@ -101,7 +106,7 @@ def read_canvases(root: Path, part: str) -> Canvases:
     if not table.is_file():
         raise DataError(
             f"no such file: {table}; make the data with\n"
-            f"  python tools/make_digits.py {root} --cluttered --train 6000 --val 1440"
+            f"  python -m quadmamba.tools.make_digits {root} --cluttered --train 6000 --val 1440"
         )
     with table.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["file"].startswith(f"{part}/")]

@@ -148,7 +148,7 @@ def _end_workers() -> None:
 def leave_signals_to_parent(worker: int) -> None:
     """In a worker process: a signal to the whole job does not end it before its parent saved."""
     del worker
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -112,7 +112,7 @@ def test_W2_fine_tuning_to_as_many_other_classes_gets_a_new_head(
     flags = ("--data-path", renamed, "--output", tmp_path, *FLAGS)
     assert run(*flags, "--pretrained", trained / "best.pth") == 0
     out = capsys.readouterr().out
-    assert "new head, the weights are for other classes" in out
+    assert "new head with fresh values, the weights are for other classes" in out
     assert "only in the data (2 of 3): apis, formica" in out
     last = tmp_path / "quadmamba_lite" / "default" / "last.pth"
     assert torch.load(last, weights_only=True)["classes"] == ["apis", "cat", "formica"]
@@ -181,6 +181,14 @@ def test_W2_the_same_classes_in_another_order_are_put_in_the_data_s(trained, tmp
     report = load_pretrained(model, path, adapt_head=adapt, classes=NAMES)
     assert "3 of its 3 classes, in the data's order" in str(report)
     assert all(torch.equal(v, payload[name][key]) for key, v in model.state_dict().items())
+
+
+def test_rows_of_a_sparse_head_are_not_picked(trained, tmp_path):
+    state = dict(read(trained / "best.pth")["model"])
+    state["head.fc.weight"] = state["head.fc.weight"].to_sparse()
+    torch.save({"model": state, "classes": NAMES[::-1]}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"head\.fc\.weight \(sparse_coo\)"):
+        load_pretrained(build(3), tmp_path / "w.pth", adapt_head=False, classes=NAMES)
 
 
 def test_W2_files_without_names_say_so(data, trained, tmp_path, capsys):

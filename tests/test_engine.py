@@ -9,7 +9,6 @@ from torch import nn
 
 from quadmamba.utils.distributed import RankError, World
 from quadmamba.utils.hunt import first_not_finite
-from quadmamba.utils.launch import DeviceError, Place, first_host, place_from_env
 from quadmamba.utils.stepper import Stepper, build_criterion, with_synced_norms
 
 
@@ -233,32 +232,6 @@ def test_mixed_targets_need_the_soft_criterion():
         build_criterion(mixed=True, label_smoothing=0.1)(logits, soft),
         build_criterion(mixed=False, label_smoothing=0.0)(logits, targets),
     )
-
-
-SLURM = {
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_PROCID": "9",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-}
-
-
-def test_world_from_the_environment():
-    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
-    assert place_from_env({}) == Place()
-    assert place_from_env(torchrun) == Place(3, 1, 2, 4, launched=True)
-    assert place_from_env(torchrun | SLURM) == Place(3, 1, 2, 4, launched=True)
-    assert place_from_env(SLURM) == Place(9, 1, 8, 16, launched=True)
-    with pytest.raises(DeviceError, match="LOCAL_RANK"):
-        place_from_env({"RANK": "0"})
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("node7", "node7"), ("a,b", "a"), ("n[003-005,9],login1", "n003"), ("n[12]", "n12")],
-)
-def test_first_host_of_a_list(nodes, host):
-    assert first_host(nodes) == host
 
 
 def test_errors_of_one_process_reach_it_as_the_cause():

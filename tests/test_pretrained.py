@@ -81,7 +81,7 @@ def test_M3_a_training_begins_with_a_backbone_and_a_fresh_head(data, best, tmp_p
     assert run(*flags, "--output", tmp_path, *FLAGS) == 0
     out = capsys.readouterr().out
     assert f"loaded {len(state)} tensors from model weights of {path}" in out
-    assert "new head, the file has none" in out
+    assert "new head with fresh values, the file has none" in out
     err = message_of(capsys, run("--eval", *flags, "--batch-size", 4))
     assert "expected weights with a classifier" in err
 
@@ -113,4 +113,4 @@ def test_M3_pictures_need_no_head(best, tmp_path, capsys):
     words += ["--pretrained", path, "--output", tmp_path / "out", "--opts", "DATA.IMG_SIZE", 32]
     words += [word for pair in TINY.items() for word in pair]
     assert visualize.main([str(word) for word in words]) == 0
-    assert "new head, the file has none" in capsys.readouterr().out
+    assert "new head with fresh values, the file has none" in capsys.readouterr().out

@@ -116,14 +116,18 @@ def test_generators_continue_where_they_were():
     assert draw() == numbers
 
 
-def test_a_line_cut_off_by_a_kill_is_ended(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"kind": "tr')
+WHOLE = '{"kind": "model", "updates": 0, "time": 1.0}'
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "tr', "\0\0\0", WHOLE], ids=["half", "zeros", "no end"])
+def test_M6_a_line_cut_off_by_a_kill_leaves_whole_lines_only(tmp_path, torn):
+    (tmp_path / "log.jsonl").write_text(f"{WHOLE}\n{torn}")
     log = RunLog(tmp_path)
     log.record("train", 1, loss=1.0)
     log.close()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert lines[0] == '{"kind": "tr'
-    assert json.loads(lines[1])["loss"] == 1.0
+    assert lines[:-1] == [WHOLE] * (2 if torn == WHOLE else 1)
+    assert json.loads(lines[-1])["loss"] == 1.0
 
 
 def test_log_lines_are_json_whatever_the_numbers(tmp_path, capsys):

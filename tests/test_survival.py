@@ -31,13 +31,13 @@ def command(data, out, *faults, flags=MIXED, **opts):
 
 
 def losses(out):
-    """The training lines of a log by step; lines of a step that was taken twice are compared."""
+    """The training lines of a log by step; each step is there once."""
     lines = (out / "quadmamba_lite/default/log.jsonl").read_text().splitlines()
     found = {}
     for entry in map(json.loads, lines):
         if entry["kind"] == "train":
             values = [entry[key] for key in ("epoch", "loss", "lr", "grad_norm", "skipped")]
-            assert found.setdefault(entry["updates"], values) == values
+            assert found.setdefault(entry["updates"], values) is values
     return found
 
 

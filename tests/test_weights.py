@@ -92,6 +92,7 @@ ONE = {
     "FLOP counter": {**PLAIN, "total_ops": torch.ones(1), "stem.total_params": torch.ones(1)},
     "optimizer by name": {"model": PLAIN, "optimizer": {"state": {"stem.weight": PLAIN}}},
     "own name": under("my_classifier.encoder"),
+    "a decoder with stages": {**under("backbone"), "decoder.stages.0.weight": torch.ones(2)},
 }
 
 
@@ -197,7 +198,7 @@ def test_a_model_of_other_names_is_shown_what_was_expected(tmp_path):
     assert "named stages.*, stem.*" in message
     assert "conv1.weight, bn1.weight" in message
     official = {"patch_embed.0.weight": torch.ones(1), "layers.0.blocks.0.op.Ds": torch.ones(1)}
-    assert "tools/import_release.py" in refusal(tmp_path, {"model": official})
+    assert "python -m quadmamba.tools.import_release" in refusal(tmp_path, {"model": official})
     assert "no tensor" in refusal(tmp_path, {"model": {"a": 1}})
 
 
@@ -219,7 +220,7 @@ def test_M3_weights_without_a_head_get_a_fresh_one_and_it_is_said(tmp_path, norm
     net = Net()
     fresh = {key: value.clone() for key, value in net.state_dict().items()}
     net, report = load(tmp_path / "w.pth", {"model": state}, net=net, adapt=True)
-    assert "new head, the file has none" in str(report)
+    assert "new head with fresh values, the file has none" in str(report)
     assert len(report.adapted) == (2 if norm else 4)
     assert equal(net, {**fresh, **state})
     message = refusal(tmp_path, {"model": state})
@@ -255,7 +256,9 @@ def test_M3_a_head_of_another_size_starts_anew_as_a_whole(tmp_path):
     net = Net()
     fresh = net.head.fc.weight.clone(), net.head.fc.bias.clone()
     net, report = load(tmp_path / "w.pth", state, net=net, adapt=True)
-    assert "new head, its shape differs: head.fc.weight (7, 4) for (3, 4)" in str(report)
+    assert "new head with fresh values, its shape differs: head.fc.weight (7, 4) for (3, 4)" in str(
+        report
+    )
     assert torch.equal(net.head.fc.weight, fresh[0])
     assert torch.equal(net.head.fc.bias, fresh[1])
     assert torch.equal(net.head.norm.weight, PLAIN["head.norm.weight"])

@@ -35,17 +35,19 @@ from quadmamba.models import build_model
 from quadmamba.utils import ablation, engine
 from quadmamba.utils.checkpoint import plain
 from quadmamba.utils.complexity import report
+from quadmamba.utils.console import lasting_console
 from quadmamba.utils.distributed import RankError, World, choose_device
+from quadmamba.utils.files import OutputError
 from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.launch import DeviceError
-from quadmamba.utils.logging import OutputError, RunLog, make_output
+from quadmamba.utils.logging import RunLog
 from quadmamba.utils.modes import build_stepper, placed
 from quadmamba.utils.progress import Progress, Window
 from quadmamba.utils.resume import resume
 from quadmamba.utils.signals import StopRequest
 from quadmamba.utils.versions import versions
 from quadmamba.utils.views import centre_rates
-from quadmamba.utils.writer import CheckpointWriter, save_file
+from quadmamba.utils.writer import CheckpointWriter, holding, save_file
 
 CLASSES = 10
 USER_ERRORS = (
@@ -209,12 +211,19 @@ def centred(loader: CanvasLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def run(job: Job) -> ablation.Result:
-    """Train one row with one seed; goes on where the run was cut off."""
+    """Train one row with one seed; goes on where the run was cut off.
+
+    Raises OutputError where another process writes to its folder.
+    """
+    with holding(job.folder, keep=1) as writer:
+        return _train(job, writer)
+
+
+def _train(job: Job, writer: CheckpointWriter) -> ablation.Result:
     cfg = job.load()
     started = time.perf_counter()
     number = torch.cuda.current_device() if torch.cuda.is_available() else 0
     world = World(device=choose_device(cfg.DEVICE, World(local_rank=number)))
-    make_output(job.folder)
     loaders = build_loaders(cfg, world.device)
     torch.manual_seed(cfg.TRAIN.SEED)
     model = placed(build_model(cfg, CLASSES), world)
@@ -224,7 +233,7 @@ def run(job: Job) -> ablation.Result:
     stepper = build_stepper(cfg, world, model, mixed=False, updates=updates)
     log = RunLog(job.folder, quiet=True)
     log.begin(plain(cfg), loaders.classes)
-    progress, writer = Progress(), CheckpointWriter(job.folder, keep=1)
+    progress = Progress()
     parts = (stepper, loaders, log, progress, Window(world), StopRequest())
     training = engine.Run(*parts, writer=writer)
     try:
@@ -332,6 +341,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@lasting_console()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = _parse_args(argv)

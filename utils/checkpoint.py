@@ -14,6 +14,7 @@
 | ranks | for each rank its random generators ("rng") and the sums of the next log line ("window") |
 | layout | {"ranks", "batch", "accum"}: processes, images of one per step, steps per update |
 | classes | the names of the classes in the order of the outputs; files of before have none |
+| data | {"training", "validation"}: numbers of images |
 | config, versions | the configuration as nested plain dicts; commit and library versions |
 
 The file is one of torch.save. Its ZIP comment is "sha256:" and the checksum of all that is before,
@@ -31,6 +32,7 @@ from pathlib import Path
 from torch import nn
 
 from quadmamba.utils.classes import names_in
+from quadmamba.utils.files import older
 from quadmamba.utils.formats import FORMAT, CheckpointError, first, read, read_foreign
 from quadmamba.utils.head import fit_head
 from quadmamba.utils.weights import Parts, find_weights, load_weights
@@ -66,11 +68,6 @@ class LoadReport:
 def plain(tree: Mapping[str, object]) -> dict[str, object]:
     """A configuration node as nested plain dicts."""
     return {key: plain(v) if isinstance(v, Mapping) else v for key, v in tree.items()}
-
-
-def older(path: Path, number: int) -> Path:
-    """The name of the file that was `path` so many saves ago: last.pth, last.1.pth, ..."""
-    return path.with_suffix(f".{number}{path.suffix}") if number else path
 
 
 def newest_run(folder: Path) -> tuple[Path, list[str]] | None:

@@ -5,7 +5,6 @@ NCCL on GPUs, gloo on CPUs.
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quadmamba.utils.launch import CRASH, USER_ERROR, DeviceError, Place, first_host
-from quadmamba.utils.meeting import fresh_part
+from quadmamba.utils.launch import CRASH, USER_ERROR, DeviceError, Place
+from quadmamba.utils.meeting import Wait, fresh_part, open_store
 from quadmamba.utils.watch import Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
@@ -154,21 +153,31 @@ def _leave_alone(world: World) -> None:
 
 
 def _enter(world: World, timeout: float) -> dist.Store:
-    """Start the process group; returns the store that the ranks share."""
-    if "MASTER_ADDR" not in os.environ:  # a Slurm step: its first host
-        os.environ["MASTER_ADDR"] = first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-        job, step = (int(os.environ.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
-        os.environ.setdefault("MASTER_PORT", str(20000 + (job + 97 * step) % 10000))
-    store, rank, size = next(dist.rendezvous("env://", world.rank, world.size))
+    """Start the process group; returns the store that the ranks share.
+
+    Raises DeviceError where it cannot be started in `timeout` seconds.
+    """
+    wait, on_gpu = Wait(timeout), world.device.type == "cuda"
+    backend = "nccl" if on_gpu else "gloo"
+    store = open_store(world, wait)
     _stores.append(store)
-    store = fresh_part(store, rank, size, timeout=timeout)
-    on_gpu = world.device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("run", store),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout),
-        device_id=world.device if on_gpu else None,
-    )
+    store.set_timeout(timedelta(seconds=timeout))
+    try:
+        store = fresh_part(store, world, wait)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("run", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=world.device if on_gpu else None,
+        )
+    except DeviceError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            f"rank {world.rank} could not start {backend} with the {world.size} processes that "
+            f"meet at {world.host}:{world.port}: {reason}"
+        ) from error
     return store

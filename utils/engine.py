@@ -176,6 +176,8 @@ def _update(cfg: CfgNode, run: Run, total: int) -> bool:
     """Take the optimizer step, and log, save and stop where that is due; True to stop."""
     stepper, limit = run.stepper, cfg.TRAIN.MAX_BAD_STEPS
     run.window.norm = stepper.update()
+    if run.writer is not None:
+        run.writer.hurry()
     if stepper.updates % cfg.LOG_EVERY == 0:
         _report_steps(cfg, run, total)  # waits for the device
     wishes = bool(run.stop.received), _is_due(cfg, run)
@@ -291,6 +293,7 @@ def save(cfg: CfgNode, run: Run, names: Sequence[str]) -> None:
     """Hand the state of all ranks to the writer of rank 0, under each of `names` in turn."""
     if not names:
         return
+    run.log.sync()
     part = {"rng": rng_state(run.world.device), "window": run.window.state()}
     ranks = run.world.gather(part)
     with run.world.together(CheckpointError):
@@ -308,6 +311,12 @@ def wait_for_writer(run: Run) -> None:
             run.writer.wait()
 
 
+def data_of(run: Run) -> dict[str, int]:
+    """How many images a run trains on and validates with."""
+    loaders = run.loaders
+    return {"training": len(loaders.train.dataset), "validation": len(loaders.val.dataset)}
+
+
 def checkpoint_of(cfg: CfgNode, run: Run, ranks: Sequence[Mapping]) -> dict[str, object]:
     """The dict of a checkpoint (keys: utils.checkpoint)."""
     layout = (run.world.size, cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUM_STEPS)
@@ -318,6 +327,7 @@ def checkpoint_of(cfg: CfgNode, run: Run, ranks: Sequence[Mapping]) -> dict[str,
         "ranks": list(ranks),
         "layout": dict(zip(("ranks", "batch", "accum"), layout)),
         "classes": list(run.loaders.classes),
+        "data": data_of(run),
         "config": plain(cfg),
         "versions": versions(),
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quadmamba.utils.classes import check_outputs, difference, rows_of, same
 from quadmamba.utils.formats import CheckpointError, first
-from quadmamba.utils.weights import HEAD
+from quadmamba.utils.weights import HEAD, check_values
 
 _OUTPUTS = f"{HEAD}.fc."  # names of the tensors with a row for each class
 
@@ -53,20 +53,33 @@ def fit_head(
                 f"{path}: expected weights with a classifier ({_OUTPUTS}weight), got a backbone "
                 "alone; it can be trained on with --pretrained, which adds a fresh head"
             )
-        return _with_fresh_head(own, state, "new head, the file has none")
+        return _with_fresh_head(own, state, "the file has none")
     for value in outputs.values():
         check_outputs(saved, len(value) if value.dim() else 1, path)
     if saved and classes:
         if same(saved, classes):
             return Fitted(state)
         return _by_name(own, state, outputs, saved, classes, adapt=adapt, path=path)
+    return _in_order(own, state, outputs, classes, adapt=adapt, path=path)
+
+
+def _in_order(
+    own: Mapping[str, Tensor],
+    state: dict[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    classes: Sequence[str],
+    *,
+    adapt: bool,
+    path: object,
+) -> Fitted:
+    """The head of a file without class names: its outputs are taken for the data's classes."""
     misfit = [
         f"{key} {tuple(value.shape)} for {tuple(own[key].shape)}"
         for key, value in outputs.items()
         if value.shape != own[key].shape
     ]
     if adapt and misfit:
-        return _with_fresh_head(own, state, f"new head, its shape differs: {first(misfit)}")
+        return _with_fresh_head(own, state, f"its shape differs: {first(misfit)}")
     if classes and any(len(value) != len(classes) for value in outputs.values() if value.dim()):
         raise CheckpointError(
             f"{path}: {len(misfit)} of another shape: {first(misfit)}. The data have "
@@ -90,8 +103,8 @@ def _by_name(
     """The rows of the head in the order of the data's classes."""
     rows = rows_of(saved, classes)
     if adapt and (rows is None or len(saved) != len(classes)):
-        told = f"new head, the weights are for other classes:\n{difference(saved, classes)}"
-        return _with_fresh_head(own, state, told)
+        reason = f"the weights are for other classes:\n{difference(saved, classes)}"
+        return _with_fresh_head(own, state, reason)
     if rows is None:
         raise CheckpointError(
             f"{path} was trained with other classes than those of the data:\n"
@@ -99,15 +112,20 @@ def _by_name(
             "Give the folders the names that the weights know (some may lack, the outputs are "
             "picked by name), or train a new head for these with --pretrained"
         )
+    check_values(outputs, str(path))  # not of all tensors can rows be picked
     picked = {key: value[torch.tensor(rows)] for key, value in outputs.items()}
     told = f"{len(classes)} of its {len(saved)} classes, in the data's order, picked by name"
     return Fitted({**state, **picked}, notes=(told,))
 
 
-def _with_fresh_head(own: Mapping[str, Tensor], state: dict[str, Tensor], told: str) -> Fitted:
+def _with_fresh_head(own: Mapping[str, Tensor], state: dict[str, Tensor], reason: str) -> Fitted:
     """The weights without the old head; its norm is taken where there is one."""
     head = [key for key in own if key.startswith(f"{HEAD}.")]
     norm = [key for key in head if not key.startswith(_OUTPUTS)]
     kept = norm if any(key in state for key in norm) else []
     rest = {key: v for key, v in state.items() if not key.startswith(f"{HEAD}.") or key in kept}
-    return Fitted(rest, tuple(key for key in head if key not in kept), (told,))
+    return Fitted(
+        rest,
+        tuple(key for key in head if key not in kept),
+        (f"new head with fresh values, {reason}",),
+    )

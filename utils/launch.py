@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from quadmamba.utils.console import lasting_console
+
 # Exit codes of the program
 CRASH, USER_ERROR, STOPPED = 1, 2, 3
-_MARKS = ("RANK", "SLURM_STEP_NUM_TASKS")  # variables of a launcher
+_TORCHRUN, _SLURM = "RANK", "SLURM_STEP_NUM_TASKS"  # variables of the launchers
 
 
 class DeviceError(RuntimeError):
@@ -29,7 +31,7 @@ class Place:
     """The place of this process among those of the run.
 
     rank, size: over all nodes. local_rank, local_size: on this node. launched: a launcher started
-    it, so there is a process group.
+    it, so there is a process group. host, port: where its processes meet.
     """
 
     rank: int = 0
@@ -37,6 +39,8 @@ class Place:
     local_size: int = 1
     size: int = 1
     launched: bool = False
+    host: str = ""
+    port: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -45,40 +49,80 @@ class Place:
 
 
 def place_from_env(env: Mapping[str, str] = os.environ) -> Place:
-    """Rank, local rank and sizes from torchrun's variables or a Slurm step's; else a run of one.
+    """The place that torchrun's variables or those of a Slurm step tell; else that of a run of one.
 
-    Raises DeviceError where a variable is missing or is not a number.
+    Raises DeviceError where a variable is missing, is not a number, or contradicts another one.
     """
-    names = (
-        ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"),
-        (
-            "SLURM_PROCID",
-            "SLURM_LOCALID",
-            "SLURM_STEP_TASKS_PER_NODE",
-            "SLURM_STEP_NUM_TASKS",
-        ),
-    )
-    for mark, variables in zip(_MARKS, names):
-        if mark in env:
-            rank, local_rank, local_size, size = (_number(env, name) for name in variables)
-            return Place(rank, local_rank, local_size, size, launched=True)
-    return Place()
+    if _TORCHRUN in env:
+        names = (_TORCHRUN, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+        numbers = [_number(env, name) for name in names]
+        host, port = _given(env, "MASTER_ADDR"), _number(env, "MASTER_PORT")
+    elif _SLURM in env:
+        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", _SLURM)
+        numbers = [_number(env, name) for name in names if "TASKS_PER" not in name]
+        numbers.insert(2, _tasks_here(env, names[2]))
+        host, port = _slurm_address(env)
+    else:
+        return Place()
+    rank, local_rank, local_size, size = numbers
+    named = dict(zip(names, numbers))
+    for low, high in ((names[0], names[3]), (names[1], names[2])):
+        if named[low] >= named[high]:
+            raise DeviceError(
+                f"{low}: expected a number below {high} {named[high]}, got {named[low]}"
+            )
+    if local_size > size:
+        raise DeviceError(f"{names[2]}: expected at most {names[3]} {size}, got {local_size}")
+    if not 0 < port < 1 << 16:
+        raise DeviceError(f"MASTER_PORT: expected a port from 1 to 65535, got {port}")
+    return Place(rank, local_rank, local_size, size, True, host.strip("[]"), port)
+
+
+def _given(env: Mapping[str, str], name: str) -> str:
+    value = env.get(name, "").strip()
+    if not value:
+        raise DeviceError(
+            f"the environment variable {name} is not set, or empty, though a launcher's variables "
+            "are; start with python, torchrun or srun"
+        )
+    return value
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
-    found = re.match(r"\d+", env.get(name, ""))  # Slurm writes tasks per node as "4(x2)"
-    if not found:
+    value = _given(env, name)
+    if not re.fullmatch(r"[0-9]{1,9}", value):
         raise DeviceError(
-            f"expected a number in the environment variable {name}, got {env.get(name)!r}; "
-            "start with python, torchrun or srun"
+            f"{name}: expected a number of 0 or more in this environment variable, got {value!r}"
         )
-    return int(found[0])
+    return int(value)
+
+
+def _tasks_here(env: Mapping[str, str], name: str) -> int:
+    """Tasks on this node of a Slurm step: "4(x2),3" is 4, 4 and 3 on its nodes."""
+    counts: list[int] = []
+    for part in _given(env, name).split(","):
+        found = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        if not found:
+            raise DeviceError(f"{name}: expected tasks of nodes as 4(x2),3, got {env[name]!r}")
+        counts += [int(found[1])] * min(int(found[2] or 1), 1 << 16)
+    node = _number(env, "SLURM_NODEID") if "SLURM_NODEID" in env else 0
+    return counts[min(node, len(counts) - 1)]
+
+
+def _slurm_address(env: Mapping[str, str]) -> tuple[str, int]:
+    """The first host of the step and a port made of its numbers, where the user gave none."""
+    host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    if env.get("MASTER_PORT"):
+        return host, _number(env, "MASTER_PORT")
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    job, step = (int(env[name]) if env.get(name, "").isdecimal() else 0 for name in names)
+    return host, 20000 + (job + 97 * step) % 10000
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: "node[003-005,9],login1" -> "node003"."""
-    found = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?", nodes)
-    return found[1] + (found[2] or "") if found else nodes
+    """The first host of a Slurm node list: "node[003-005,9]-ib,login1" -> "node003-ib"."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
 
 
 def stop(error: BaseException | None) -> int:
@@ -96,18 +140,19 @@ def run_and_leave(program: Callable[[], int]) -> NoReturn:
     may still run in C++ there, and end it by an abort ("terminate called without an active
     exception") when all has been done and said.
     """
-    if not any(mark in os.environ for mark in _MARKS):
+    if not {_TORCHRUN, _SLURM} & set(os.environ):
         sys.exit(program())
     code = CRASH
-    try:
-        code = program()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else CRASH
-    finally:
-        if sys.exc_info()[1] is not None:
-            sys.excepthook(*sys.exc_info())
-        threading._shutdown()  # a checkpoint that is being written is written to its end
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    with lasting_console():
+        try:
+            code = program()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else CRASH
+        finally:
+            if sys.exc_info()[1] is not None:
+                sys.excepthook(*sys.exc_info())
+            threading._shutdown()  # a checkpoint that is being written is written to its end
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
 from quadmamba.utils.checkpoint import BEST, load_pretrained, plain
 from quadmamba.utils.complexity import report
+from quadmamba.utils.console import check_printed
 from quadmamba.utils.distributed import RankError, World, choose_device, join
+from quadmamba.utils.files import OutputError
 from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.graph_stepper import stepper_kind
 from quadmamba.utils.launch import STOPPED, DeviceError, Place, stop
-from quadmamba.utils.logging import OutputError, RunLog, make_output
+from quadmamba.utils.logging import RunLog
 from quadmamba.utils.metrics import Metrics
 from quadmamba.utils.optim import build_optimizer, build_scheduler, lr_scale, warmup_epochs
 from quadmamba.utils.progress import Progress, Window
@@ -31,7 +33,7 @@ from quadmamba.utils.signals import StopRequest
 from quadmamba.utils.stepper import Stepper, build_criterion
 from quadmamba.utils.versions import versions
 from quadmamba.utils.visualize import partition_images
-from quadmamba.utils.writer import CheckpointWriter
+from quadmamba.utils.writer import CheckpointWriter, holding
 
 USER_ERRORS = (
     *(ConfigError, DataError, CheckpointError, DeviceError, OutputError),
@@ -74,6 +76,7 @@ def measure(cfg: CfgNode, world: World) -> int:
     log.say(f"inference {speed.inference_img_s:.1f} img/s  {speed.inference_memory_gb:.2f} GB")
     log.say(f"training  {speed.training_img_s:.1f} img/s  {speed.training_memory_gb:.2f} GB")
     log.say(json.dumps({"model": cfg.MODEL.NAME, **asdict(speed)}))
+    check_printed()
     return 0
 
 
@@ -91,15 +94,28 @@ def evaluate(cfg: CfgNode, world: World) -> int:
     line = {"model": cfg.MODEL.NAME, "weights": source, **metrics.as_dict()}
     report_skipped(world, log, loaders)
     log.say(json.dumps(line))
+    check_printed()
     return 0
 
 
 def train(cfg: CfgNode, world: World) -> int:
     """Train: continue a run, or start one from TRAIN.PRETRAINED or fresh weights."""
-    folder = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
-    with world.together(OutputError):
-        if world.is_main:
-            make_output(folder)
+    with ExitStack() as at_end:
+        writer = None
+        with world.together(OutputError):
+            if world.is_main:
+                writer = at_end.enter_context(holding(folder_of(cfg), keep=cfg.TRAIN.KEEP))
+        return train_alone(cfg, world, writer)
+
+
+def folder_of(cfg: CfgNode) -> Path:
+    """Where a training writes."""
+    return Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
+
+
+def train_alone(cfg: CfgNode, world: World, writer: CheckpointWriter | None) -> int:
+    """Train in a folder that no other run writes to. writer: None on ranks that do not write."""
+    folder = folder_of(cfg)
     with world.together(DataError):
         share = {"rank": world.rank, "world_size": world.size, "device": world.device}
         loaders = build_loaders(cfg, **share, with_train=True)
@@ -114,7 +130,7 @@ def train(cfg: CfgNode, world: World) -> int:
     )
     _say_notes(log, loaders)
     with StopRequest() as stop:
-        run = build_run(cfg, world, loaders, log, stop)
+        run = build_run(cfg, world, loaders, log, stop, writer)
         with explained(cfg, folder):
             done = engine.train(cfg, run)
     report_skipped(world, log, loaders)
@@ -154,10 +170,14 @@ def explained(cfg: CfgNode, folder: Path) -> Iterator[None]:
 
 
 def build_run(
-    cfg: CfgNode, world: World, loaders: Loaders, log: RunLog, stop: StopRequest
+    cfg: CfgNode,
+    world: World,
+    loaders: Loaders,
+    log: RunLog,
+    stop: StopRequest,
+    writer: CheckpointWriter | None,
 ) -> engine.Run:
     """All that takes part in a training, at the point from which it goes on."""
-    folder = Path(cfg.OUTPUT) / cfg.MODEL.NAME / cfg.TAG
     model = build_reported(cfg, world, log, len(loaders.classes))
     if cfg.TRAIN.PRETRAINED:
         load_and_judge(cfg, world, log, model, loaders, cfg.TRAIN.PRETRAINED)
@@ -169,10 +189,10 @@ def build_run(
         Progress(),
         Window(world),
         stop,
-        writer=CheckpointWriter(folder, keep=cfg.TRAIN.KEEP) if world.is_main else None,
+        writer=writer,
         draw=painter(cfg, world, loaders),
     )
-    resume(cfg, run, folder, updates)
+    resume(cfg, run, folder_of(cfg), updates)
     return run
 
 

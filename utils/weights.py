@@ -190,7 +190,7 @@ def _none_found(
     keys = first([str(key) for key in payload])
     text = f"{path}: expected model weights, named {wanted}, got keys {keys or '(none)'}: {got}"
     if set(BODY) <= {word for entry in entries for word in entry.words}:
-        text += "\nThese are official names: bring them over with tools/import_release.py"
+        text += "\nThese are official names: python -m quadmamba.tools.import_release converts them"
     return text
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,20 +20,33 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from quadmamba.utils.checkpoint import LAST, better_weights, older
+from quadmamba.utils.checkpoint import LAST, better_weights
+from quadmamba.utils.files import clear_partial, partial_of, put, reason
 from quadmamba.utils.formats import CheckpointError, sum_comment
+from quadmamba.utils.lock import FolderLock
+
+__all__ = ["CheckpointWriter", "holding", "partial_of", "save", "save_alone", "save_file"]
+_LATE_S = 5.0  # how long training goes on beside the writing of a checkpoint
 
 
 class _Hashing:
-    """A file to write to that keeps the checksum of what was written."""
+    """A file to write to that keeps the checksum of what was written.
+
+    error: what the disk said where it took no more; torch.save tells something else.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         """Write and count in."""
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         """Pass on what the file holds back."""
@@ -42,7 +57,10 @@ def write_checkpoint(path: Path, payload: Mapping[str, object]) -> None:
     """Write `payload` as torch.save does, with the checksum of the file in its ZIP comment."""
     with path.open("wb") as file:
         hashing = _Hashing(file)
-        torch.save(dict(payload), hashing)
+        try:
+            torch.save(dict(payload), hashing)
+        except RuntimeError as error:
+            raise hashing.error or error from None
         file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
         file.write(sum_comment(hashing.digest))
 
@@ -57,7 +75,11 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], about: Mapping[str, o
     path.touch()
     mode = path.stat().st_mode
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
-    safetensors.torch.save_file(state, path, texts)
+    try:
+        safetensors.torch.save_file(state, path, texts)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
     with contextlib.suppress(PermissionError):  # a file system without permissions
         path.chmod(mode)
 
@@ -70,10 +92,11 @@ def write_weights(path: Path, payload: Mapping[str, object]) -> None:
     write_tensors(path, payload[name], about)
 
 
-def save_file(path: Path, write: Callable[[Path], object]) -> None:
+def save_file(path: Path, write: Callable[[Path], object], *, need: int = 0) -> None:
     """Let `write` make a file of any kind, so that `path` is the old file or the whole new one.
 
-    Raises CheckpointError where the folder or the disk does not take it, or `path` is no file.
+    need: its bytes, where they are known. Raises CheckpointError where the folder or the disk does
+    not take it, or `path` is no file.
     """
     try:
         taken = path.exists() and not path.is_file()
@@ -82,7 +105,7 @@ def save_file(path: Path, write: Callable[[Path], object]) -> None:
     if taken:
         kind = "a folder" if path.is_dir() else "no regular file"
         raise CheckpointError(f"cannot write {path}: there is {kind} of this name; move it away")
-    _replace(path, write, 1)
+    _put(path, write, need=need)
 
 
 def save_alone(path: Path, payload: Mapping[str, object]) -> None:
@@ -90,7 +113,8 @@ def save_alone(path: Path, payload: Mapping[str, object]) -> None:
 
     Raises CheckpointError where the folder or the disk does not take it.
     """
-    save_file(path, lambda partial: write_checkpoint(partial, payload))
+    need = _bytes(payload)
+    save_file(path, lambda partial: write_checkpoint(partial, payload), need=need)
 
 
 def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
@@ -101,37 +125,43 @@ def save(path: Path, payload: Mapping[str, object], *, keep: int = 1) -> None:
     Raises CheckpointError where the folder or the disk does not take it; the files before are then
     kept.
     """
-    _replace(path, lambda partial: write_checkpoint(partial, payload), keep)
-    _replace(path.with_suffix(".safetensors"), lambda part: write_weights(part, payload), 1)
+    need = _bytes(payload)
+    _put(path, lambda partial: write_checkpoint(partial, payload), need=need, keep=keep)
+    need = _bytes(payload[better_weights(payload)])
+    weights = path.with_suffix(".safetensors")
+    _put(weights, lambda partial: write_weights(partial, payload), need=need)
 
 
-def partial_of(path: Path) -> Path:
-    """Where a file is written before it takes its place: alone in a folder, so that whatever a
-    killed process or a library leaves there can be removed at once.
+def copy_with_weights(source: Path, path: Path) -> None:
+    """Copy a checkpoint and the weights beside it, each whole or not at all.
+
+    Raises CheckpointError where the disk does not take them.
     """
-    return path.with_name(f".{path.name}.partial") / path.name
+    for end in (source.suffix, ".safetensors"):
+        file, target = source.with_suffix(end), path.with_suffix(end)
+        if file.exists():
+            size = file.stat().st_size
+            _put(target, lambda partial, file=file: shutil.copyfile(file, partial), need=size)
 
 
-def _replace(path: Path, write: Callable[[Path], object], keep: int) -> None:
-    partial = partial_of(path)
+def _put(path: Path, write: Callable[[Path], object], *, need: int = 0, keep: int = 1) -> None:
+    """`files.put`, with CheckpointError for whatever fails. need: bytes of the file, if known."""
     try:
-        partial.parent.mkdir(exist_ok=True)
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        for number in range(keep - 1, 0, -1):
-            with contextlib.suppress(FileNotFoundError):
-                older(path, number - 1).replace(older(path, number))
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        put(path, write, keep=keep)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}; the file before is kept") from error
-    finally:
-        shutil.rmtree(partial.parent, ignore_errors=True)
+        told = isinstance(error, OSError)
+        why = reason(error, path.parent, need) if told else f"{error}"
+        kept = "; the file before is kept" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path}: {why}{kept}") from error
+
+
+def _bytes(tree: object) -> int:
+    """The size of the tensors in nested containers."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    return sum(map(_bytes, tree)) if isinstance(tree, list | tuple) else 0
 
 
 class _Snapshot:
@@ -174,26 +204,21 @@ class _Snapshot:
             self._event.synchronize()
 
 
-def _give_way() -> None:
-    """Let the training go first where there are fewer cores than threads (each has a priority)."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
 class CheckpointWriter:
     """Writes checkpoints to `folder` in a thread; one at a time, the next one waits for it.
 
-    keep: number of last checkpoints that stay. Costs host memory for one checkpoint. What a killed
-    process left half written in the folder is removed.
+    keep: number of last checkpoints that stay. lock: of the folder; nothing is written once it is
+    lost. Costs host memory for one checkpoint. What a killed process left half written in the
+    folder is removed.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        for left in folder.glob(partial_of(Path("*")).parent.name):
-            shutil.rmtree(left, ignore_errors=True)
-        self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=_give_way)
+    def __init__(self, folder: Path, *, keep: int, lock: FolderLock | None = None) -> None:
+        self._folder, self._keep, self._lock = folder, keep, lock
+        clear_partial(folder)
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot = _Snapshot()
         self._pending: Future[None] | None = None
+        self._since = 0.0
 
     @property
     def busy(self) -> bool:
@@ -202,9 +227,25 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """True where the last checkpoint could not be written; `wait` says why."""
+        """True where the last checkpoint could not be written, or the next one may not be; `wait`
+        says why.
+        """
         done = self._pending is not None and self._pending.done()
-        return done and self._pending.exception() is not None
+        lost = self._lock is not None and bool(self._lock.lost)
+        return lost or done and self._pending.exception() is not None
+
+    def hurry(self) -> None:
+        """Wait for a checkpoint that has been written for too long, so that no more than a few
+        seconds of training can be lost. Raises nothing: see `failed`.
+        """
+        if self.busy and time.monotonic() - self._since > _LATE_S:
+            concurrent.futures.wait([self._pending])
+
+    def finish(self, seconds: float) -> bool:
+        """Wait at most so long for the checkpoint under way; whether all is written or failed."""
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending], seconds)
+        return not self.busy
 
     def submit(self, payload: Mapping[str, object], names: Sequence[str]) -> None:
         """Copy `payload` and write it under each of `names` later.
@@ -214,15 +255,46 @@ class CheckpointWriter:
         self.wait()
         copy = self._snapshot.take(payload)
         self._snapshot.mark()
+        self._since = time.monotonic()
         self._pending = self._pool.submit(self._write, copy, tuple(names))
 
     def _write(self, payload: Mapping[str, object], names: Sequence[str]) -> None:
         self._snapshot.ready()
         for name in names:
-            save(self._folder / name, payload, keep=self._keep if name == LAST else 1)
+            self._check_lock()
+            try:
+                save(self._folder / name, payload, keep=self._keep if name == LAST else 1)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}\nThe same command goes on from the last checkpoint in "
+                    f"{self._folder} once the disk takes it"
+                ) from error
+
+    def _check_lock(self) -> None:
+        if self._lock is not None and self._lock.lost:
+            raise CheckpointError(
+                f"nothing more is written to {self._folder}: this process gave no sign of life for "
+                f"a while, and the folder went to {self._lock.lost}"
+            )
 
     def wait(self) -> None:
         """Wait until all is written. Raises CheckpointError where that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+        self._check_lock()
+
+
+@contextmanager
+def holding(folder: Path, *, keep: int) -> Iterator[CheckpointWriter]:
+    """A writer to `folder`, to which no other process writes until this one has done.
+
+    Raises OutputError where another one holds the folder, or where it cannot be written.
+    """
+    lock = FolderLock(folder)
+    writer = CheckpointWriter(folder, keep=keep, lock=lock)
+    try:
+        yield writer
+    finally:
+        if writer.finish(_LATE_S):  # else the folder stays locked until the process has written
+            lock.release()
