@@ -68,6 +68,7 @@ def test_skip_build_installs_the_reference_alone(tmp_path):
     )
     assert "SELECTIVE_SCAN_SKIP_BUILD=1: installing the PyTorch reference alone" in said
     assert not list(target.rglob("*.so"))
+    assert "Tag: py3-none-any\n" in next(target.glob("*.dist-info/WHEEL")).read_text()
     used = python("-c", USE, cwd=tmp_path, PYTHONPATH=str(target))
     assert f"file={target}" in used
     assert "kernels= warnings=1" in used
