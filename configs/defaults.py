@@ -59,8 +59,11 @@ _C.DATA.PATH = ""
 _C.DATA.IMG_SIZE = 224
 # Images per process and step
 _C.DATA.BATCH_SIZE = 128
-# Loader processes per rank
+# Loader processes per rank; 0 reads in the main process, while it waits
 _C.DATA.WORKERS = 8
+# Seconds that the reading of one image may take before the run ends with its name. Keep it below
+# RANK_TIMEOUT, so that the reason is told by the rank that has it
+_C.DATA.TIMEOUT = 300.0
 # Page-locked host memory for copies to the GPU
 _C.DATA.PIN_MEMORY = True
 # Resampling of resized images: bicubic | bilinear

@@ -6,11 +6,13 @@ from quadmamba.data.loaders import ImageLoader, Loaders, build_loaders, skipped_
 from quadmamba.data.prefetch import Prefetcher, normalise
 from quadmamba.data.seeds import seeded
 from quadmamba.data.transforms import Transforms, build_transforms
+from quadmamba.data.workers import LoaderError
 
 __all__ = [
     "DataError",
     "FolderImages",
     "ImageLoader",
+    "LoaderError",
     "Loaders",
     "Prefetcher",
     "Transforms",

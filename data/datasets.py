@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,14 +46,19 @@ class Batch(NamedTuple):
     error: str
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack the images that could be read; keep the names of the others and the first error."""
+def collate(samples: Sequence[Sample], out: Tensor | None = None) -> Batch:
+    """Stack the images that could be read; keep the names of the others and the first error.
+
+    out: bytes (at least as many, h, w, 3) to whose begin the images go.
+    """
     unreadable = [path for sample in samples for path in sample.unreadable]
     error = next((sample.error for sample in samples if sample.error), "")
     kept = [sample for sample in samples if sample.image is not None]
     if not kept:
         return Batch(None, None, [], unreadable, error)
-    images = torch.stack([sample.image for sample in kept])
+    images = torch.stack(
+        [sample.image for sample in kept], out=None if out is None else out[: len(kept)]
+    )
     targets = torch.tensor([sample.target for sample in kept])
     holes = [sample.hole for sample in kept]
     return Batch(images, targets, holes, unreadable, error)
@@ -65,7 +70,8 @@ class FolderImages(Dataset[Sample]):
     root: holds one sub-folder a class. on_error: `raise` puts an error into the sample of an
     unreadable image, `skip` leaves the image out, or takes the next readable one where `replace`.
     max_pixels: of an image that is read. unreadable: the files left out so far, kept by the loader
-    in the main process. notes: what is left out of the folder, as lines to be said.
+    in the main process. notes: what is left out of the folder, as lines to be said. on_replace:
+    called with the number of each image that is about to be read instead of an unreadable one.
     Raises DataError for a missing folder, fewer than two classes and an empty class.
     """
 
@@ -91,6 +97,7 @@ class FolderImages(Dataset[Sample]):
         self.on_error = on_error
         self.replace = replace
         self.unreadable: set[str] = set()
+        self.on_replace: Callable[[int], None] = _nothing
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -100,7 +107,10 @@ class FolderImages(Dataset[Sample]):
         unreadable: list[str] = []
         tries = min(_MAX_IN_A_ROW, len(self)) if self.replace else 1
         for offset in range(tries):
-            path, target = self.samples[(index + offset) % len(self)]
+            number = (index + offset) % len(self)
+            path, target = self.samples[number]
+            if offset:
+                self.on_replace(number)
             try:
                 image = read_image(path, self.max_pixels)
             except DataError as error:
@@ -113,3 +123,8 @@ class FolderImages(Dataset[Sample]):
             return Sample(view.image, target, view.hole, tuple(unreadable))
         message = f"{tries} images in a row cannot be read, the first is {shown(unreadable[0])}"
         return Sample(None, target, None, tuple(unreadable), message if self.replace else "")
+
+
+def _nothing(number: int) -> None:
+    """What `on_replace` does where nobody asks."""
+    del number

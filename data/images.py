@@ -6,6 +6,7 @@ rules for colours, depth, orientation and size are told in docs/data.md.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -43,6 +44,7 @@ _WHOLE_JPEG = 2**28  # bytes; larger files are read piece by piece, by Pillow
 _STRIP = 2**22  # pixels that are converted at once, so that few copies of a large image exist
 _DECODERS = r"PIL\.|quadmamba\.data\.images$"  # modules whose warnings are about files
 _WHITE_IS_ZERO = 0
+_NO_FAULT = errno.EMFILE, errno.ENFILE  # of a file: this process or machine has too many open
 _PHOTOMETRIC, _BITS = 262, 258  # tags of TIFF
 
 
@@ -81,7 +83,8 @@ def read_image(path: str | Path, max_pixels: int) -> Tensor:
     """The image as RGB bytes (h, w, 3), by the rules of `to_rgb`.
 
     What a decoder only warns of is not shown; tools/check_data.py lists it. Raises DataError, with
-    the name of the file, where the file cannot be read or has more than `max_pixels` pixels.
+    the name of the file, where the file cannot be read or has more than `max_pixels` pixels;
+    OSError where no file can be opened any more.
     """
     _silence()
     return torch.from_numpy(read_pixels(path, max_pixels))
@@ -97,6 +100,8 @@ def read_pixels(path: str | Path, max_pixels: int) -> np.ndarray:
                     pixels = to_rgb(image)
         return pixels
     except Exception as error:  # noqa: BLE001 - a decoder may raise anything for a damaged file
+        if isinstance(error, OSError) and error.errno in _NO_FAULT:
+            raise
         raise DataError(f"cannot read the image {shown(path)}: {_reason(error)}") from error
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from yacs.config import CfgNode
 
-from quadmamba.data.datasets import Batch, FolderImages, collate
+from quadmamba.data.datasets import Batch, FolderImages
 from quadmamba.data.folders import differing_classes
 from quadmamba.data.images import DataError
 from quadmamba.data.prefetch import Prefetcher
 from quadmamba.data.transforms import Transform, build_transforms
+from quadmamba.data.workers import Draws, Workers
 
 _CPU = torch.device("cpu")
 
@@ -56,29 +54,63 @@ class TrainSampler(Sampler[tuple[int, int]]):
 class ImageLoader(DataLoader):
     """A DataLoader of normalised (images (b, 3, h, w), targets (b,)) on the device of `prefetcher`.
 
+    The images are read by `Workers`, not by torch's, and are img_size squared. Workers wait for the
+    next pass over the data; a pass that is left early ends them.
     Raises DataError, in the main process, for an unreadable image that may not be left out; those
-    left out are added to `dataset.unreadable`.
+    left out are added to `dataset.unreadable`. Raises LoaderError where a worker dies or stalls.
     """
 
     dataset: FolderImages
 
-    def __init__(self, dataset: FolderImages, *, prefetcher: Prefetcher, **options: object) -> None:
+    def __init__(
+        self, dataset: FolderImages, *, prefetcher: Prefetcher, img_size: int, **options: object
+    ) -> None:
         super().__init__(dataset, **options)
         self.prefetcher = prefetcher
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)
+        self.img_size = img_size
+        self._waiting: Workers | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        return self.prefetcher(self.host_batches())
+        return self.prefetcher(self._fleeting_batches())
 
     def host_batches(self) -> Iterator[Batch]:
         """Batches of bytes in host memory, those without a readable image left out."""
-        for batch in super().__iter__():
-            if batch.error:
-                raise DataError(batch.error)
-            self.dataset.unreadable.update(batch.unreadable)
-            if batch.images is not None:
-                yield batch
+        for batch in self._fleeting_batches():
+            yield batch._replace(images=batch.images.clone())
+
+    def read(self, draws: Draws) -> Batch:
+        """The batch of some (epoch, index), in host memory, with the error of an unreadable one."""
+        reader = self._start(workers=0, size=len(draws))
+        try:
+            batch = next(reader.batches([draws]))
+            return batch._replace(images=None if batch.images is None else batch.images.clone())
+        finally:
+            reader.end()
+
+    def _fleeting_batches(self) -> Iterator[Batch]:
+        """As host_batches, but the next one may overwrite the images."""
+        workers, self._waiting = self._waiting, None
+        workers = workers or self._start(self.num_workers, self.batch_size, lock=self.pin_memory)
+        whole = False
+        try:
+            for batch in workers.batches(self.batch_sampler):
+                if batch.error:
+                    raise DataError(batch.error)
+                self.dataset.unreadable.update(batch.unreadable)
+                if batch.images is not None:
+                    yield batch
+                    self.prefetcher.wait()
+            whole = True
+        finally:
+            if whole and self._waiting is None:
+                self._waiting = workers
+            else:
+                workers.end()
+
+    def _start(self, workers: int, size: int, *, lock: bool = False) -> Workers:
+        return Workers(
+            self.dataset, workers, size=size, side=self.img_size, timeout=self.timeout, lock=lock
+        )
 
 
 @dataclass(frozen=True)
@@ -137,21 +169,6 @@ def build_loaders(
     return Loaders(train, val, _build_mixup(cfg, len(classes)), classes, notes)
 
 
-def _end_workers() -> None:
-    """When this process leaves: multiprocessing would wait for workers that ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a worker for a fault
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """In a worker process: a signal to the whole job does not end it before its parent saved."""
-    del worker
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def skipped_images(loader: ImageLoader) -> set[str]:
     """Unreadable files that this process left out so far."""
     return loader.dataset.unreadable
@@ -177,15 +194,13 @@ def _build_loader(
     return ImageLoader(
         dataset,
         prefetcher=prefetcher,
+        img_size=cfg.DATA.IMG_SIZE,
         batch_size=cfg.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=cfg.DATA.WORKERS,
-        collate_fn=collate,
         pin_memory=cfg.DATA.PIN_MEMORY and prefetcher.device.type == "cuda",
         drop_last=isinstance(sampler, TrainSampler),
-        persistent_workers=cfg.DATA.WORKERS > 0,
-        generator=torch.Generator().manual_seed(cfg.TRAIN.SEED),  # leaves the global one alone
-        worker_init_fn=leave_signals_to_parent,
+        timeout=cfg.DATA.TIMEOUT,
     )
 
 

@@ -60,6 +60,11 @@ class Prefetcher:
         if waiting is not None:
             yield self._hand_over(*waiting)
 
+    def wait(self) -> None:
+        """Wait until the batches that were taken so far are read no more."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def _finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         targets = batch.targets.to(self.device, non_blocking=True)
         images = normalise(batch.images.to(self.device, non_blocking=True))

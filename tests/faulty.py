@@ -5,7 +5,8 @@ first block gives NaN from that step on), count=N (nan: so many steps only), die
 where the process has just joined the others), rank=R (only there),
 delay=SECONDS (each step takes longer), settle=1 (a checkpoint is written before the next step),
 slow_validation=SECONDS (each batch of it takes longer),
-once=FILE (kill, raise: not where FILE exists; it is made).
+once=FILE (kill, raise: not where FILE exists; it is made),
+read=kill | stall (what happens to the reader of the first training image).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from quadmamba.data import FolderImages
 from quadmamba.main import main
 from quadmamba.utils.launch import run_and_leave
 from quadmamba.utils.stepper import Stepper
@@ -63,6 +65,18 @@ def install(faults: dict[str, str]) -> None:
         CheckpointWriter.submit = settled(CheckpointWriter.submit)
 
 
+def spoil_reading(how: str, rank: str) -> None:
+    """Let the readers of training images on `rank` die or stall (all ranks where it is empty)."""
+    read = FolderImages.__getitem__
+
+    def spoilt(self, draw):
+        if how and rank in ("", os.environ["RANK"]) and "train" in self.samples[0][0]:
+            time.sleep(999) if how == "stall" else os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, draw)
+
+    FolderImages.__getitem__ = spoilt
+
+
 def settled(submit: Callable[..., None]) -> Callable[..., None]:
     """A `submit` that ends when its checkpoint is on the disk; what fails is told by the next."""
 
@@ -88,5 +102,7 @@ def once(faults: dict[str, str]) -> bool:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     split = sys.argv.index("--")
-    install(dict(word.split("=", 1) for word in sys.argv[1:split]))
+    faults = dict(word.split("=", 1) for word in sys.argv[1:split])
+    install(faults)
+    spoil_reading(faults.get("read", ""), faults.get("rank", ""))
     run_and_leave(lambda: main(sys.argv[split + 1 :]))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -85,6 +87,29 @@ def passed(done: subprocess.CompletedProcess[str]) -> int:
     found = re.search(r"(\d+) passed", last)
     assert found, last
     return int(found[1])
+
+
+def in_a_fork(call: Callable, *args: object, timeout: float = 60) -> object:
+    """What `call` returns or raises, in a fork of this process that may take `timeout` seconds."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def body() -> None:
+        try:
+            theirs.send((call(*args), None))
+        except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - raised again below
+            theirs.send((None, f"{type(error).__name__}: {error}"))
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(timeout), f"no answer within {timeout} s"
+        result, error = ours.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert error is None, error
+    return result
 
 
 def free_port() -> int:

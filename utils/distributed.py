@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quadmamba.utils.launch import CRASH, USER_ERROR, DeviceError, Place
 from quadmamba.utils.meeting import Wait, fresh_part, open_store
-from quadmamba.utils.watch import Watch
+from quadmamba.utils.watch import Failure, Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
 _stores: list[dist.Store] = []  # of this process; rank 0's has a server in it, a thread of C++
@@ -120,7 +120,9 @@ def join(
         _leave_alone(world)
         raise
     except errors as error:
-        _tell(watch, world, f"{error}", USER_ERROR)
+        first = _tell(watch, world, f"{error}", USER_ERROR)
+        if first.rank != world.rank:  # a disk may stall for all of them: one message is enough
+            raise RankError(f"{error}", first.code) from None
         raise
     except RuntimeError as error:  # of this rank, or of a collective that another one has left
         found = watch.failure_elsewhere()
@@ -138,12 +140,13 @@ def join(
         watch.stop()
 
 
-def _tell(watch: Watch, world: World, text: str, code: int) -> None:
-    """Report an error of this rank, and leave the others."""
-    watch.report(f"rank {world.rank} failed\n{text}", code)
+def _tell(watch: Watch, world: World, text: str, code: int) -> Failure:
+    """Report an error of this rank, and leave the others; returns the first failure of the run."""
+    first = watch.report(f"rank {world.rank} failed\n{text}", code)
     _leave_alone(world)
     if world.is_main:
         watch.farewell()
+    return first
 
 
 def _leave_alone(world: World) -> None:

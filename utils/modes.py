@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from quadmamba.configs import ConfigError
-from quadmamba.data import DataError, Loaders, build_loaders, normalise, skipped_images
+from quadmamba.data import DataError, LoaderError, Loaders, build_loaders, normalise, skipped_images
 from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
 from quadmamba.utils.checkpoint import BEST, load_pretrained, plain
@@ -160,6 +160,8 @@ def explained(cfg: CfgNode, folder: Path) -> Iterator[None]:
     """Say what a user needs to know where the data goes away in the middle of a training."""
     try:
         yield
+    except LoaderError:  # a disk that does not answer is not to be asked again
+        raise
     except DataError as error:
         if Path(cfg.DATA.PATH).is_dir():
             raise
@@ -277,14 +279,15 @@ def load_and_judge(
 
 def painter(cfg: CfgNode, world: World, loaders: Loaders) -> Callable[[nn.Module], Tensor] | None:
     """What draws the partitions of some validation images; None where there is nothing to draw."""
-    data = loaders.val.dataset
+    total = len(loaders.val.dataset)
     quad = {"quadtree", "release"} & set(cfg.MODEL.ORDERS)
-    count = min(cfg.LOG_IMAGES, len(data)) if quad and world.is_main else 0
-    samples = [data[0, i * len(data) // count] for i in range(count)]
-    images = [sample.image for sample in samples if sample.image is not None]
-    if not images:
+    count = min(cfg.LOG_IMAGES, total) if quad and world.is_main else 0
+    if not count:
         return None
-    batch = normalise(torch.stack(images).to(world.device))
+    images = loaders.val.read([(0, i * total // count) for i in range(count)]).images
+    if images is None:
+        return None
+    batch = normalise(images.to(world.device))
     return lambda model: partition_images(model, batch)
 
 

@@ -62,11 +62,11 @@ class Watch:
         self._over.set()
         self._thread.join()
 
-    def report(self, text: str, code: int, rank: int | None = None) -> None:
-        """Tell all ranks that `rank` (this one) ends the run; the first report counts."""
+    def report(self, text: str, code: int, rank: int | None = None) -> Failure:
+        """Tell all ranks that `rank` (this one) ends the run; returns the one that came first."""
         rank = self._rank if rank is None else rank
         entry = json.dumps({"rank": rank, "text": text, "code": code})
-        self._store.compare_set(_FAILED, "", entry)
+        return Failure(**json.loads(self._store.compare_set(_FAILED, "", entry)))
 
     def farewell(self) -> None:
         """Let the others read the report before the store may go with this process."""
