@@ -103,9 +103,10 @@ def configure(flags: dict[str, object]) -> CfgNode:
 def info(cfg: CfgNode) -> None:
     """Print parameters and multiply-adds; the last line is one JSON object. Needs no data."""
     from quadmamba.models import build_model
-    from quadmamba.utils.complexity import report
+    from quadmamba.utils.complexity import one_thread, report
 
-    counts = report(build_model(cfg), cfg.DATA.IMG_SIZE)
+    with one_thread():
+        counts = report(build_model(cfg), cfg.DATA.IMG_SIZE)
     print(f"{cfg.MODEL.NAME}\n{counts.table()}")
     line = {"model": cfg.MODEL.NAME, "params": counts.params, "gmacs": round(counts.gmacs, 4)}
     print(json.dumps({**line, "img_size": cfg.DATA.IMG_SIZE}))

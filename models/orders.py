@@ -43,9 +43,11 @@ def _kept(make: Callable[..., T]) -> Callable[..., T]:
     """
     kept = lru_cache(_CACHE)(torch.inference_mode(False)(make))
 
-    @torch.compiler.assume_constant_result
     def boxed(*key: Hashable) -> tuple[T]:  # a tensor that is a constant by itself has no shape
         return ((make if torch._C._len_torch_dispatch_stack() else kept)(*key),)
+
+    # What torch.compiler.assume_constant_result(boxed) does, which imports the whole compiler
+    boxed._dynamo_marked_constant = True
 
     @wraps(make)
     def lookup(*key: Hashable) -> T:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -231,6 +230,6 @@ def _build_mixer(dim: int, order: ScanOrder, mixer: dict[str, Any], quad: dict[s
 
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

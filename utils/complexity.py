@@ -47,9 +47,20 @@ class Complexity:
         return "\n".join(lines)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Do small work by one thread: on a busy machine several wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def report(model: QuadMamba, img_size: int) -> Complexity:
     """Count `model` on one img_size x img_size image; the model itself is left as it is."""
-    model = deepcopy(model).cpu().float().eval()
+    model = _empty_copy(model).eval()
     parts = {"stem": [model.stem]}
     for i, stage in enumerate(model.stages):
         parts[f"stage {i + 1}"] = [stage, *([model.downsamples[i - 1]] if i else [])]
@@ -67,11 +78,25 @@ def report(model: QuadMamba, img_size: int) -> Complexity:
     return Complexity(params, macs[""] / 1e9, img_size, sizes)
 
 
+def _empty_copy(model: QuadMamba) -> QuadMamba:
+    """The model on the CPU, in float32, with weights of 0: only their shapes count."""
+    weights = {
+        id(old): nn.Parameter(torch.zeros_like(old, device="cpu", dtype=torch.float32))
+        for old in model.parameters()
+    }
+    return deepcopy(model, weights).cpu().float()
+
+
 def _count(model: QuadMamba, img_size: int) -> Counter[str]:
     """Multiply-adds of one image by module name; "" is the whole model."""
     image = torch.zeros(1, model.in_chans, img_size, img_size)
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
-    with _scans_by_formula(model) as scans, warnings.catch_warnings(), torch.no_grad():
+    with (
+        _scans_by_formula(model) as scans,
+        one_thread(),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         counted = FlopCountAnalysis(model, image).by_module()
         macs = Counter({name: int(count) for name, count in counted.items()})
