@@ -141,8 +141,9 @@ def _becomes_none(node: cst.CSTNode, form: cst.CSTNode) -> bool:
     return none[0] < none[1]
 
 
-def sample(paths: list[Path], seed: int) -> Iterator[Mutant]:
-    """Mutants in random order, each place once."""
+def sample(root: Path, only: list[str], seed: int) -> Iterator[Mutant]:
+    """Mutants of folders and files of a tree in random order, each place once."""
+    paths = [p for name in only for p in sorted((root / name).rglob("*.py")) or [root / name]]
     rng, sites = random.Random(seed), []
     for path in paths:
         wrapper = MetadataWrapper(cst.parse_module(path.read_text()))
@@ -153,7 +154,7 @@ def sample(paths: list[Path], seed: int) -> Iterator[Mutant]:
     for path, module, node, line, forms, scopes, spans in sites:
         after = module.deep_replace(node, rng.choice(forms)).code
         if after != module.code:
-            name = str(path.relative_to(ROOT))
+            name = str(path.relative_to(root))
             yield Mutant(name, line, module.code, after, scopes, spans)
 
 
@@ -192,41 +193,32 @@ class Copy:
         return int(self.process.stdout.readline())
 
 
-def digest(*paths: Path) -> str:
-    """Of the contents of files."""
-    return hashlib.sha256(b"".join(p.read_bytes() for p in paths if p.exists())).hexdigest()
-
-
 def measure_all(copies: queue.Queue[Copy], leave_out: list[str]) -> dict[str, dict]:
     """What each test file reaches, measured again where it or a source has changed."""
-    helpers = sorted(p for p in (ROOT / "tests").glob("*.py") if not p.name.startswith("test_"))
-    helpers = [p for p in helpers if not p.name.startswith("mutant")]
-    todo, found = [], {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        kept = BUILD / f"{path.stem}.json"
-        reach = json.loads(kept.read_text()) if kept.exists() else {}
-        files = [ROOT / name for name in sorted(reach.get("lines", ()))]
-        if path.name in leave_out:
-            continue
-        if reach.get("stamp") == digest(path, *helpers, *files):
-            found[path.name] = reach
-        else:
-            todo.append(path)
+    root, found = copies.queue[0].folder, {}
+    helpers = [p for p in (root / "tests").glob("*.py") if not p.name.startswith(("test_", "mut"))]
+
+    def stamp(path: Path, reach: dict) -> str:
+        files = [path, *sorted(helpers), *(root / name for name in sorted(reach.get("lines", ())))]
+        return hashlib.sha256(b"".join(p.read_bytes() for p in files if p.exists())).hexdigest()
 
     def one(path: Path) -> None:
-        copy, kept = copies.get(), BUILD / f"{path.stem}.json"
-        code = copy.run([f"tests/{path.name}"], 1500, str(kept))
-        copies.put(copy)
-        reach = json.loads(kept.read_text())
-        files = [ROOT / name for name in sorted(reach["lines"])]
-        reach["stamp"] = digest(path, *helpers, *files)
-        kept.write_text(json.dumps(reach))
+        kept = BUILD / f"{path.stem}.json"
+        reach = json.loads(kept.read_text()) if kept.exists() else {}
+        if reach.get("stamp") != stamp(path, reach):
+            copy = copies.get()
+            code = copy.run([f"tests/{path.name}"], 1500, str(kept))
+            copies.put(copy)
+            reach = json.loads(kept.read_text())
+            kept.write_text(json.dumps({**reach, "stamp": stamp(path, reach)}))
+            tests = reach["tests"]
+            took = f"{len(tests)} tests, {sum(tests.values()):.0f} s"
+            print(f"measured {path.name}: {took}" + (f", exit code {code}" if code else ""))
         found[path.name] = reach
-        seconds = sum(reach["tests"].values())
-        print(f"measured {path.name}: {len(reach['tests'])} tests, {seconds:.0f} s, code {code}")
 
+    paths = [p for p in sorted((root / "tests").glob("test_*.py")) if p.name not in leave_out]
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(one, todo))
+        list(pool.map(one, paths))
     return found
 
 
@@ -296,10 +288,10 @@ def main() -> int:
     for number in range(WORKERS):
         copies.put(Copy(number))
     found = measure_all(copies, listed["tests_without_mutants"])
-    paths = [p for o in options.only for p in sorted((ROOT / o).rglob("*.py")) or [ROOT / o]]
     entries = [*listed["needs_a_gpu"], *listed["equivalent"]]
-    mutants = (mutant for mutant in sample(paths, options.seed) if not known(mutant, entries))
-    chosen = list(itertools.islice(mutants, options.count))
+    mutants = sample(copies.queue[0].folder, options.only, options.seed)
+    fresh = (mutant for mutant in mutants if not known(mutant, entries))
+    chosen = list(itertools.islice(fresh, options.count))
     scores: dict[str, Counter[str]] = defaultdict(Counter)
     with ThreadPoolExecutor(WORKERS) as pool:
         results = pool.map(lambda mutant: judge(mutant, copies, found), chosen)
