@@ -144,8 +144,8 @@ def known(mutant: Mutant, entries: list[dict]) -> bool:
     return any(
         mutant.path == entry["path"]
         and entry.get("inside", "") in ("", ".".join(mutant.scopes), *mutant.scopes)
-        and (entry.get("line") or gone[0]) in gone
-        and (entry.get("becomes") or "") in ("", *come)
+        and entry.get("line", "") in ("", *gone)
+        and entry.get("becomes", "") in ("", *come)
         for entry in entries
     )
 
