@@ -65,6 +65,8 @@ OURS = {  # what no publication has
     "MODEL.USE_CHECKPOINT": False,
     "DATA.PATH": "",
     "DATA.ON_ERROR": "raise",
+    "DATA.TIMEOUT": 300.0,
+    "DATA.MAX_PIXELS": 80_000_000,
     "TRAIN.DECAY_SSM": False,
     "TRAIN.MAX_BAD_STEPS": 10,
     "TRAIN.COMPILE": "off",

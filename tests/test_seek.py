@@ -1,5 +1,6 @@
 """The order of the training images: dealt to any ranks, begun anywhere."""
 
+import numpy as np
 import pytest
 
 from quadmamba.data.loaders import TrainSampler
@@ -18,6 +19,18 @@ def batches_of(ranks, batch, *, images=37, epoch=3, seen=0):
         steps.append([own[i : i + batch] for i in range(0, len(own) - batch + 1, batch)])
     assert len({len(own) for own in steps}) == 1
     return [sorted(index for part in parts for index in part) for parts in zip(*steps)]
+
+
+def test_the_order_is_drawn_by_numpy_from_seed_and_epoch():
+    drawn = np.random.default_rng((6, 2)).permutation(11).tolist()
+    for rank, seen in ((0, 0), (2, 0), (1, 4)):
+        sampler = TrainSampler(11, rank=rank, world_size=3, seed=6)
+        sampler.set_epoch(2, seen)
+        share = drawn[seen:][rank::3][: (11 - seen) // 3]
+        assert list(sampler) == [(2, index) for index in share]
+    assert len(TrainSampler(11, rank=0, world_size=3, seed=6)) == 3
+    sampler.set_epoch(2, 50)
+    assert (len(sampler), list(sampler)) == (0, [])
 
 
 def test_a_step_has_the_same_images_for_any_ranks_with_the_same_total_batch():
