@@ -200,6 +200,15 @@ def test_W7_a_class_that_is_a_link_to_a_folder_with_a_link_upwards(tmp_path, roo
     assert found.repeated == [str(root / "train" / "class0" / "up")]
 
 
+def test_W7_a_folder_elsewhere_with_a_link_back_to_the_classes(tmp_path, root):
+    shutil.copytree(root / "val" / "class0", tmp_path / "store")
+    (tmp_path / "store" / "all").symlink_to(root / "train")
+    (root / "train" / "class0" / "more").symlink_to(tmp_path / "store")
+    found = read_classes(root / "train")
+    assert [len(paths) for paths in found.images.values()] == [5, 3, 3]
+    assert found.repeated == [str(root / "train" / "class0" / "more" / "all")]
+
+
 def test_W7_links_between_two_folders_in_a_circle(root, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, other in ((one, two), (two, one)):
