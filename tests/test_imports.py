@@ -39,6 +39,17 @@ def test_imports_point_one_way(part):
                 assert name.split(".")[0] not in third_party, f"{path}: imports {name}"
 
 
+def test_W8_one_module_reads_images():
+    readers = ("Image.open", "decode_jpeg", "read_file", "decode_image", "default_loader", "imread")
+    found = [
+        path.relative_to(ROOT)
+        for part in ("data", "models", "tools", "utils")
+        for path in sorted((ROOT / part).rglob("*.py"))
+        if any(name in path.read_text() for name in readers)
+    ]
+    assert found == [Path("data/images.py")]
+
+
 def test_no_generic_name_is_installed():
     source = (ROOT / "setup.py").read_text()
     packages = ast.literal_eval(source.split("PACKAGES = ")[1].split("\n\n")[0])

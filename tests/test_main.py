@@ -193,7 +193,8 @@ def test_skipped_images_are_counted(tmp_path, capsys):
     assert run(*flags, DATA__ON_ERROR="skip") == 0
     out = capsys.readouterr().out
     assert "1 unreadable images of train" in out
-    assert "1 unreadable images of val" in out
+    assert "1 unreadable images of val were left out (DATA.ON_ERROR skip): " in out
+    assert f"{data}/val/class1/0.png; tools/check_data.py" in out
     assert "images 3" in out
 
 

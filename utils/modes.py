@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from quadmamba.configs import ConfigError
 from quadmamba.data import DataError, LoaderError, Loaders, build_loaders, normalise, skipped_images
+from quadmamba.data.folders import shorten
 from quadmamba.models import QuadMamba, build_model
 from quadmamba.utils import engine, throughput
 from quadmamba.utils.checkpoint import BEST, load_pretrained, plain
@@ -301,10 +302,13 @@ def report_skipped(world: World, log: RunLog, loaders: Loaders) -> None:
     for name in ("train", "val"):
         loader = getattr(loaders, name)
         parts = world.gather(sorted(skipped_images(loader)) if loader else [])
-        skipped = len({path for part in parts for path in part})
+        skipped = sorted({path for part in parts for path in part})
         if skipped:
-            log.warn(f"{skipped} unreadable images of {name} were left out (DATA.ON_ERROR skip)")
-            log.record("skipped", 0, part=name, images=skipped)
+            log.warn(
+                f"{len(skipped)} unreadable images of {name} were left out (DATA.ON_ERROR skip): "
+                f"{shorten(skipped)}; tools/check_data.py lists them with their reasons"
+            )
+            log.record("skipped", 0, part=name, images=len(skipped))
 
 
 MODES = {"train": train, "eval": evaluate, "throughput": measure}
