@@ -20,7 +20,7 @@ from typing import NoReturn
 from yacs.config import CfgNode
 
 import quadmamba
-from quadmamba.configs import ConfigError, key_table, load_cfg, packaged
+from quadmamba.configs import ConfigError, Parser, key_table, load_cfg, packaged
 from quadmamba.utils.console import check_printed, lasting_console
 from quadmamba.utils.files import OutputError
 from quadmamba.utils.launch import DeviceError, Place, place_from_env, run_and_leave, stop
@@ -48,38 +48,17 @@ FLAGS = (
 )
 
 
-class Once(argparse.Action):
-    """Take a flag once: given again with another value it is an error."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        before = vars(namespace).setdefault(self.dest, values)
-        if before != values:
-            parser.error(f"{option_string}: expected one value, got {before} and {values}")
-
-
 def parse(argv: Sequence[str] | None) -> dict[str, object]:
     """The flags of a command line; an unknown one exits with 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"Keys and defaults, for --opts and YAML files:\n{key_table()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--cfg", action=Once, metavar="YAML", help="a file, or a name as digits")
+    keys = f"Keys and defaults, for --opts and YAML files:\n{key_table()}"
+    parser = Parser(__doc__, epilog=keys, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--cfg", metavar="YAML", help="a file, or a name as digits")
     modes = parser.add_mutually_exclusive_group()
     for mode, text in ASIDE.items():
         modes.add_argument(f"--{mode}", dest="MODE", action="store_const", const=mode, help=text)
     for flag, key, kind, text in FLAGS:
         metavar = flag.lstrip("-").replace("-", "_").upper()
-        about = {"metavar": metavar, "help": f"{text} ({key})"}
-        parser.add_argument(flag, dest=key, type=kind, action=Once, **about)
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=f"{text} ({key})")
     parser.add_argument("--opts", nargs="+", action="extend", metavar="KEY VALUE", help="any keys")
     parser.add_argument("--local-rank", "--local_rank", type=int, help="ignored: LOCAL_RANK counts")
     return vars(parser.parse_args(argv))

@@ -1,6 +1,14 @@
-"""Configuration: one YACS tree, read with `load_cfg`."""
+"""Configuration: one YACS tree, read with `load_cfg`; the command lines of programs."""
 
+from quadmamba.configs.arguments import Parser, path_argument
 from quadmamba.configs.load import ConfigError, check_cfg, key_table, load_cfg, packaged
-from quadmamba.configs.values import path_argument
 
-__all__ = ["ConfigError", "check_cfg", "key_table", "load_cfg", "packaged", "path_argument"]
+__all__ = [
+    "ConfigError",
+    "Parser",
+    "check_cfg",
+    "key_table",
+    "load_cfg",
+    "packaged",
+    "path_argument",
+]

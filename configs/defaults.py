@@ -1,6 +1,6 @@
 """The one configuration tree: every key, its default and what it means.
 
-Precedence: the defaults here < the YAML file < command-line flags and `--opts`.
+Precedence: the defaults here < the YAML file < the command line, flags and `--opts` alike.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ _C.AUG.MIXUP_SWITCH_PROB = 0.5
 _C.TRAIN = CfgNode()
 # Passes over the training set
 _C.TRAIN.EPOCHS = 300
-# Epochs of linear warm-up, counted in EPOCHS
+# Epochs of linear warm-up, counted in EPOCHS; where only EPOCHS is set and leaves it no room, the
+# warm-up takes 20/300 of them
 _C.TRAIN.WARMUP_EPOCHS = 20
 # Learning rate for a total batch of LR_BATCH images
 _C.TRAIN.BASE_LR = 5e-4
@@ -169,11 +170,11 @@ _C.TRAIN.SEED = 0
 _C.MODE = "train"
 # auto (the GPU if there is one) | cpu | cuda
 _C.DEVICE = "auto"
-# Minutes that ranks wait for one another before the run ends
+# Minutes that ranks wait for one another before the run ends, from the start on
 _C.RANK_TIMEOUT = 10.0
-# Folder for results; a run writes to OUTPUT/MODEL.NAME/TAG
+# Folder for results; a run writes to OUTPUT/MODEL.NAME/TAG. All paths may hold ~ and $VAR
 _C.OUTPUT = "output"
-# Name of the run
+# Name of the run, and of its folder
 _C.TAG = "default"
 # Optimizer steps between two log lines
 _C.LOG_EVERY = 10

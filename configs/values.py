@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from pathlib import Path
 from string import Template
 
 import yaml
@@ -111,12 +109,14 @@ def shown(value: object) -> str:
 def user_path(text: str, what: str) -> str:
     """A path with ~, ~USER, $VAR and ${VAR} filled in; $$ stands for the sign itself.
 
-    what: the key or flag, for messages. Raises ConfigError for a variable or user that there is
-    not, and for what cannot be the name of a file.
+    A name with dollar signs that exists as it stands is taken as it stands. what: the key or flag,
+    for messages. Raises ConfigError for a variable or user that there is not, and for what cannot
+    be the name of a file.
     """
     known = {name: value for name, value in os.environ.items() if value}
     try:
-        filled = Template(text).substitute(known)
+        is_there = "$" in text and os.path.lexists(text)
+        filled = text if is_there else Template(text).substitute(known)
     except KeyError as error:
         raise ConfigError(
             f"{what}: the environment variable {error.args[0]} in {shown(Word(text))} is not set, "
@@ -138,14 +138,6 @@ def user_path(text: str, what: str) -> str:
             f"got {shown(Word(path))}"
         )
     return path
-
-
-def path_argument(text: str) -> Path:
-    """A path on the command line of a tool, as `user_path` fills it in: a `type` of argparse."""
-    try:
-        return Path(user_path(text, "path"))
-    except ConfigError as error:
-        raise ArgumentTypeError(str(error)) from error
 
 
 def check_name(key: str, name: str) -> None:

@@ -1,12 +1,13 @@
 """What a user sets: YAML files as people write them, types, paths, and one value for each key."""
 
+import importlib
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs import ConfigError, Parser, load_cfg, path_argument
 from quadmamba.configs.load import get_key
 from quadmamba.main import main
 
@@ -272,3 +273,64 @@ def test_M7_a_name_of_a_run_is_the_name_of_one_folder(key, name):
     with pytest.raises(ConfigError, match=f"{key}: expected the name of a folder"):
         load_cfg(flags={key: name})
     assert get_key(load_cfg(flags={key: "a b..c-1"}), key) == "a b..c-1"
+
+
+def test_M7_a_name_with_a_dollar_sign_that_exists_is_taken_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a$b").mkdir()
+    assert load_cfg(flags={"OUTPUT": "a$b"}).OUTPUT == "a$b"
+    with pytest.raises(ConfigError, match="variable b in"):
+        load_cfg(flags={"OUTPUT": "a$b/c"})
+
+
+def parsed(words):
+    parser = Parser(None)
+    parser.add_argument("--output", type=path_argument)
+    parser.add_argument("--number", type=int, default=3)
+    parser.add_argument("--opts", nargs="+", action="extend", default=[])
+    return vars(parser.parse_args(words))
+
+
+def test_M7_paths_of_the_tools_are_filled_in(home):
+    words = ["--output", "~/a", "--number", "3", "--opts", "a", "--opts", "b"]
+    assert parsed(words) == {"output": Path(home, "a"), "number": 3, "opts": ["a", "b"]}
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "$MISSING_/a"], "variable MISSING_ in '.MISSING_/a' is not set"),
+        (["--number", "3", "--number", "4"], "--number: expected one value, got 3 and 4"),
+        (["--out", "a"], "unrecognized arguments: --out a"),
+    ],
+)
+def test_M7_a_command_line_of_a_tool_that_cannot_be_ends_with_2(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(words)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+TOOLS = {  # each with the words that it needs, and those that are paths
+    "ablate": ["order", "--data={}", "--output={}", "--cfg={}"],
+    "check_data": ["{}", "--json={}"],
+    "import_release": ["{}", "{}", "--export", "--cfg={}"],
+    "make_digits": ["{}"],
+    "visualize": ["{}", "--cfg={}", "--pretrained={}", "--output={}"],
+}
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("tool", "place"),
+    [(tool, i) for tool, words in TOOLS.items() for i, word in enumerate(words) if "{}" in word],
+)
+def test_M7_every_path_of_every_tool_may_have_variables(tool, place, capsys):
+    words = [w.format("$MISSING_" if i == place else "x") for i, w in enumerate(TOOLS[tool])]
+    try:
+        code = importlib.import_module(f"quadmamba.tools.{tool}").main(words)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert "the environment variable MISSING_" in capsys.readouterr().err

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs import ConfigError, Parser, load_cfg, path_argument
 from quadmamba.data import DataError
 from quadmamba.data.canvases import Canvases, CanvasLoader, read_canvases
 from quadmamba.models import build_model
@@ -129,7 +129,8 @@ class Job:
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """The runs of a table, seed after seed, so that an early end leaves whole rounds."""
-    common = ["DATA.PATH", str(args.data), "OUTPUT", str(args.output), *args.opts]
+    data, output = (str(path).replace("$", "$$") for path in (args.data, args.output))
+    common = ["DATA.PATH", data, "OUTPUT", output, *args.opts]
     if args.epochs is not None:
         common += ["TRAIN.EPOCHS", str(args.epochs)]
     jobs = []
@@ -317,20 +318,24 @@ def write_report(folder: Path, table: str, results: Mapping[Job, ablation.Result
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="cluttered digits")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--cfg", type=Path, default="ablation", metavar="YAML", help="model and recipe"
+        "--data", required=True, type=path_argument, metavar="DIR", help="cluttered digits"
+    )
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--cfg", type=path_argument, default="ablation", metavar="YAML", help="model and recipe"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the table")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each row")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training set")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys")
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any keys"
+    )
     args = parser.parse_args(argv)
     unknown = [row for row in args.rows or () if row not in TABLES[args.table]]
     if unknown:

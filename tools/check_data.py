@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from quadmamba.configs import load_cfg
+from quadmamba.configs import Parser, load_cfg, path_argument
 from quadmamba.data.folders import (
     PARTS,
     Survey,
@@ -58,6 +58,7 @@ from quadmamba.utils.writer import save_file
 FAULTS = ("unreadable", "empty", "truncated", "too_large")
 _CUT = ("truncated", "broken data stream")
 BAD, FAILED = 1, 2  # exit codes
+CONSOLE = Path("-")
 
 
 class Checked(NamedTuple):
@@ -223,12 +224,15 @@ def _at_least_one(text: str) -> int:
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     cores, limit = os.cpu_count() or 1, load_cfg().DATA.MAX_PIXELS
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--json", metavar="FILE", help="write the findings as JSON, - for stdout")
+    parser.add_argument("folder", type=path_argument, metavar="DIR")
+    parser.add_argument(
+        "--json",
+        type=path_argument,
+        metavar="FILE",
+        help="write the findings as JSON, - for stdout",
+    )
     parser.add_argument("--workers", type=_at_least_one, default=cores, help="processes")
     parser.add_argument(
         "--max-pixels", type=_at_least_one, default=limit, metavar="N", help="DATA.MAX_PIXELS"
@@ -246,11 +250,11 @@ def check(args: argparse.Namespace) -> int:
     """
     if not args.folder.is_dir():
         raise NotADirectoryError(f"no such folder: {shown(args.folder)}")
-    path = Path(args.json) if args.json not in (None, "-") else None
+    path = None if args.json == CONSOLE else args.json
     if path:
         _try_to_write(path)
     found = scan(args.folder, args, RunLog())
-    if args.json != "-":
+    if args.json != CONSOLE:
         print("\n".join(report(args.folder, found)))
     text = json.dumps({"folder": str(args.folder), **asdict(found)}, indent=1)
     if path:

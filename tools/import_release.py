@@ -14,7 +14,6 @@ is not a tensor or a plain value is read as a dict. Wrong input ends with exit c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
-from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs import ConfigError, Parser, load_cfg, path_argument
 from quadmamba.models import ReleaseError, build_model, from_release, to_release
 from quadmamba.models.release import BODY, CLASSIFIER, read_architecture
 from quadmamba.utils.checkpoint import load_pretrained
@@ -99,14 +98,14 @@ def export_file(source: Path, target: Path, cfg_path: Path, ema: bool) -> list[P
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, metavar="IN")
-    parser.add_argument("target", type=Path, metavar="OUT")
+    parser = Parser(__doc__)
+    parser.add_argument("source", type=path_argument, metavar="IN")
+    parser.add_argument("target", type=path_argument, metavar="OUT")
     parser.add_argument("--ema", action="store_true", help="take the average of the weights")
     parser.add_argument("--export", action="store_true", help="from our names to the official ones")
-    parser.add_argument("--cfg", type=Path, metavar="YAML", help="configuration, for --export")
+    parser.add_argument(
+        "--cfg", type=path_argument, metavar="YAML", help="configuration, for --export"
+    )
     args = parser.parse_args(argv)
     if args.export != (args.cfg is not None):
         parser.error("--export and --cfg go together")

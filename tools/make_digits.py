@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from quadmamba.configs import Parser, path_argument
+
 VAL_IMAGES = 360
 SIDES = (0.1, 0.4)  # side of a digit on the cluttered canvas, as fractions of the canvas
 # Options of --cluttered: the default and the least value
@@ -125,10 +127,10 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "out", type=path_argument, metavar="OUT", help="folder to write, new or empty"
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write, new or empty")
     parser.add_argument("--cluttered", action="store_true", help="small digits amid stray strokes")
     parser.add_argument("--size", type=int, help="side of a cluttered canvas (default 112)")
     parser.add_argument("--seed", type=int, help="seed of the clutter (default 0)")

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from quadmamba.configs import ConfigError, load_cfg
+from quadmamba.configs import ConfigError, Parser, load_cfg, path_argument
 from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import load_pretrained
@@ -103,15 +103,17 @@ def _make_folder(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser = Parser(__doc__)
+    parser.add_argument("images", nargs="+", type=path_argument, metavar="IMAGE")
     parser.add_argument("--what", choices=KINDS, default=KINDS[0], help="kind of picture")
     parser.add_argument("--cfg", required=True, metavar="YAML", help="configuration of the model")
-    parser.add_argument("--pretrained", metavar="CKPT", help="weights")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="any keys")
+    parser.add_argument("--pretrained", type=path_argument, metavar="CKPT", help="weights")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="DIR", help="folder to write"
+    )
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help="any keys"
+    )
     try:
         for path in visualize(parser.parse_args(argv)):
             print(path)
