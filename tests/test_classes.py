@@ -128,7 +128,10 @@ def test_W2_a_new_head_is_fresh_and_the_same_classes_keep_theirs(trained):
     assert torch.equal(model.head.fc.weight, old)
     report = load_pretrained(model, trained / "best.pth", adapt_head=True, classes=NAMES)
     assert report.adapted == ()
+    assert "by name" not in str(report), "there is nothing to tell"
     assert not torch.equal(model.head.fc.weight, old)
+    fewer = load_pretrained(build(2), trained / "best.pth", adapt_head=True, classes=NAMES[1:])
+    assert fewer.adapted == ("head.fc.weight", "head.fc.bias")
 
 
 # ------------------------------------------------------------------------------------- by name

@@ -228,6 +228,13 @@ def test_M3_weights_without_a_head_get_a_fresh_one_and_it_is_said(tmp_path, norm
     assert "--pretrained" in message
 
 
+def test_M3_an_average_without_a_head_does_not_take_that_of_other_weights(tmp_path):
+    payload = {**PLAIN, "ema": {key: AVERAGE[key] for key in BODY}}
+    assert "expected weights with a classifier" in refusal(tmp_path, payload)
+    net, _ = load(tmp_path / "w.pth", payload, weights="model")
+    assert equal(net, PLAIN)
+
+
 def test_M3_a_head_of_another_kind_is_replaced(tmp_path):
     state = {**BODY, "head.mlp.0.weight": torch.ones(2, 4)}
     net, report = load(tmp_path / "w.pth", state, adapt=True)
