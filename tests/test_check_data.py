@@ -1,5 +1,6 @@
 """The check of an image folder: each kind of bad file is told apart, and counted."""
 
+import contextlib
 import faulthandler
 import json
 import multiprocessing
@@ -161,6 +162,20 @@ def test_W5_W7_the_same_folders_as_in_a_training(tmp_path, capsys):
     keys = {"DATA.PATH": str(root), "DATA.IMG_SIZE": 32, "DATA.BATCH_SIZE": 2, "DATA.WORKERS": 0}
     assert found["notes"] == build_loaders(load_cfg(flags=keys)).notes
     assert all(f"note: {note}" in capsys.readouterr().out for note in found["notes"][:1])
+
+
+def test_what_libraries_print_becomes_the_reason(tmp_path, capfd):
+    root = write_images(tmp_path / "data", train=2, val=1)
+    path = root / "train" / "class0" / "a.tif"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(path, compression="tiff_lzw")
+    content = bytearray(path.read_bytes())
+    content[1000:1400] = b"\xff" * 400
+    path.write_bytes(content)
+    code, found = scan(root)
+    assert code == 1
+    assert "code not yet in table" in found["reasons"]["train/class0/a.tif"]
+    assert capfd.readouterr().err == ""
 
 
 def too_deep(root):
@@ -335,6 +350,20 @@ def test_C5_a_fault_of_the_check_itself_is_not_taken_for_bad_files(tmp_path, cap
     monkeypatch.setattr("quadmamba.tools.check_data.survey", lambda _: 1 / 0)
     assert main([str(root)]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_C10_a_console_that_cannot_take_the_report(tmp_path, capsys, monkeypatch):
+    root = write_images(tmp_path / "data", train=1, val=1)
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it fails too
+        monkeypatch.setattr("sys.stdout", full)
+        assert main([str(root)]) == 2
+    assert "error: cannot write the result to stdout: No space left" in capsys.readouterr().err
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(OSError), open(writer, "w") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        assert main([str(root)]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("words", [["--workers", "0"], ["--max-pixels", "-1"], ["--wrong"], []])

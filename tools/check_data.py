@@ -24,6 +24,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from quadmamba.data.images import (
     shown,
 )
 from quadmamba.utils.checkpoint import CheckpointError
+from quadmamba.utils.console import check_printed, lasting_console
 from quadmamba.utils.isolation import Lost, map_isolated
 from quadmamba.utils.logging import RunLog
 from quadmamba.utils.writer import save_file
@@ -108,16 +110,37 @@ class Findings:
 
 def check_file(path: str, max_pixels: int) -> Checked:
     """Read one file as a training does, and look at what is odd about it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the limit
+    mode, turned, fault, reason = "RGB", 1, "", ""
+    with _overheard() as doubts:
         try:
             read_pixels(path, max_pixels)
         except DataError as error:
-            return Checked(_kind(path, error), str(error).split(": ", 1)[-1])
-        mode, turned, odd = _look(path, max_pixels)
-    doubts = dict.fromkeys([*(str(warning.message) for warning in caught), *odd])
-    return Checked(mode=mode, turned=turned, doubts=tuple(map(shown, doubts)))
+            fault, reason = _kind(path, error), str(error).split(": ", 1)[-1]
+        else:
+            mode, turned = _look(path, max_pixels)
+    words = dict.fromkeys(map(shown, doubts))
+    if fault:
+        return Checked(fault, "; ".join([reason, *words]))
+    return Checked(mode=mode, turned=turned, doubts=tuple(words))
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Collect what is warned of meanwhile, and what libraries in C write to stderr."""
+    heard: list[str] = []
+    before = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # has a limit of ours
+            os.dup2(file.fileno(), 2)
+            yield heard
+            file.seek(0)
+            heard += [str(warning.message) for warning in caught]
+            heard += file.read().decode(errors="replace").splitlines()
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 def _kind(path: str, error: DataError) -> str:
@@ -128,9 +151,9 @@ def _kind(path: str, error: DataError) -> str:
     return "truncated" if any(word in str(error).lower() for word in _CUT) else "unreadable"
 
 
-def _look(path: str, max_pixels: int) -> tuple[str, int, list[str]]:
-    """Mode and orientation of a file that can be read, and what is odd about it."""
-    mode, turned, odd = "RGB", 1, []
+def _look(path: str, max_pixels: int) -> tuple[str, int]:
+    """Mode and orientation of a file that can be read; warns of what is odd about it."""
+    mode, turned = "RGB", 1
     try:
         with open(path, "rb") as file:
             with open_image(file, path, max_pixels) as image:
@@ -140,8 +163,8 @@ def _look(path: str, max_pixels: int) -> tuple[str, int, list[str]]:
                 with open_image(file, path, max_pixels) as image:
                     image.verify()
     except Exception as error:  # noqa: BLE001 - Pillow may raise anything for a damaged file
-        odd = [f"{type(error).__name__}: {error}"]
-    return mode, turned, odd
+        warnings.warn(f"{type(error).__name__}: {error}", stacklevel=1)
+    return mode, turned
 
 
 def scan(root: Path, args: argparse.Namespace, log: RunLog) -> Findings:
@@ -261,6 +284,7 @@ def check(args: argparse.Namespace) -> int:
         save_file(path, lambda part: part.write_text(text + "\n"))
     elif args.json:
         print(text)
+    check_printed()
     return BAD if found.bad else 0
 
 
@@ -275,6 +299,7 @@ def _try_to_write(path: Path) -> None:
         raise OSError(f"--json: cannot write to {path}: {error.strerror}") from error
 
 
+@lasting_console()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = _parse_args(argv)
