@@ -244,6 +244,24 @@ def test_decision_grad_kernel_dtypes(dtype):
     assert relative(decision_grad(pairs, *index), truth) <= 2 * relative(plain, truth) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grad_fn", [decision_grad, decision_grad_ref])
+def test_decision_grad_of_half_tokens_is_summed_in_float32(grad_fn, dtype):
+    """Sums of whole numbers: exact in float32, and too large for 16 bits."""
+    maps = index_maps("quadtree", 64, 64)
+    v, w = torch.randint(0, 64, (2, 1, 4096, 3)).to(dtype)
+    choice = torch.tensor([2])
+    index = (choice, maps.tables, maps.fine, maps.coarse, maps.quadrant)
+    sums = grad_fn([(v, w)], *index)
+    token = maps.tables.long()[choice[0]]  # at each position
+    first, second = (w[0, token[m.long()]].double() for m in (maps.fine, maps.coarse))
+    dots = (v[0].double() * (first - second)).sum(1)
+    expected = torch.zeros(4, dtype=torch.double).index_add(0, maps.quadrant.long(), dots)
+    assert sums.dtype == torch.float32
+    assert torch.equal(sums[0].double(), expected)
+    assert not torch.equal(sums.to(dtype).float(), sums)
+
+
 def test_opcheck_decision_grad():
     maps = index_maps("quadtree", 4, 4)
     choice = torch.tensor([1, 2], dtype=torch.int32)

@@ -216,6 +216,16 @@ def test_autocast_keeps_features_and_widens_weights(device):
     torch.testing.assert_close(found["y"], expected["y"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("chunked", [False, True], ids=["sequential", "chunked"])
+def test_reference_is_float32_under_autocast(chunked):
+    tensors, rest = make_inputs((2, 70, 12, 4, 2, 1), torch.float32, "cpu")
+    plain = scan_ref(*tensors.values(), *rest, chunked=chunked)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = scan_ref(*tensors.values(), *rest, chunked=chunked)
+    results = [(y, *torch.autograd.grad(y.sum(), list(tensors.values()))) for y in (plain, under)]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_float64_is_the_reference():
     tensors, rest = make_inputs((1, 5, 3, 2, 2, 2), torch.float64, "cpu")
     names = {name: tensor.detach().double().requires_grad_() for name, tensor in tensors.items()}

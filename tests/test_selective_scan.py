@@ -46,7 +46,7 @@ CASES = {
 }
 
 
-def make_inputs(shape, dtype, device, seed=0):
+def make_inputs(shape, dtype, device, seed=0, share=1):
     b, d, l, n, g = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -55,12 +55,12 @@ def make_inputs(shape, dtype, device, seed=0):
 
     inputs = {
         "u": normal(b, d, l).to(dtype),
-        "delta": (normal(b, d, l) - 2).to(dtype),
+        "delta": (normal(b, d // share, l) - 2).to(dtype),
         "A": -normal(d, n).exp(),
         "B": normal(b, g, n, l).to(dtype),
         "C": normal(b, g, n, l).to(dtype),
         "D": normal(d),
-        "delta_bias": normal(d),
+        "delta_bias": normal(d // share),
     }
     return {name: x.to(device).requires_grad_() for name, x in inputs.items()}
 
@@ -147,6 +147,59 @@ def test_tail_of_a_chunk(length, dtype, device):
     check(inputs, {"delta_softplus": True}, wanted=("last",))
 
 
+# The channels that share a row of delta: within a group of B and C, whole groups, or across them.
+SHARES = {"two": (12, 2, 2), "group": (12, 6, 2), "all": (12, 12, 3), "across": (12, 3, 6)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "share", "g"), SHARES.values(), ids=SHARES.keys())
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_K2_channels_share_a_row_of_delta(d, share, g, dtype, reverse, device):
+    """As if the rows stood there once per channel; their gradients are the sums over those."""
+    inputs = make_inputs((2, d, 270, 2, g), dtype, device, share=share)
+    options = {"delta_softplus": True, "reverse": reverse}
+    ours = run(scan, inputs, options)
+    repeated = {
+        name: x.detach().double().repeat_interleave(share, x.dim() // 2)
+        if name.startswith("delta")
+        else x.detach().double()
+        for name, x in inputs.items()
+    }
+    truth = run(scan_ref, {name: x.requires_grad_() for name, x in repeated.items()}, options)
+    truth["ddelta"] = truth["ddelta"].unflatten(1, (-1, share)).sum(2)
+    truth["ddelta_bias"] = truth["ddelta_bias"].unflatten(0, (-1, share)).sum(1)
+    for name, expected in truth.items():
+        assert ours[name].shape == expected.shape, name
+        error = (ours[name].double() - expected).norm() / expected.norm()
+        assert error < (2e-6 if dtype == torch.float32 else 4e-3), name
+    check(inputs, options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1, 128, 256, 300, 515], ids=str)
+def test_K1_decay_and_state_after_every_chunk(length, dtype, device):
+    inputs = make_inputs((2, 19, length, 3, 1), dtype, device)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    keep = {"keep_states": 2}
+    values = [inputs[name] for name in NAMES]
+    *_, pairs = torch.ops.selective_scan.selective_scan_fwd(*values, True, False, False, **keep)
+    chunk = 128 if dtype == torch.float32 else 256
+    ends = [min(start + chunk, length) for start in range(0, length, chunk)]
+    assert pairs.shape == (2, 19, len(ends), 6)
+    dt = torch.nn.functional.softplus(
+        inputs["delta"].double() + inputs["delta_bias"].double()[:, None]
+    )
+    for i, end in enumerate(ends):
+        decay = torch.exp(dt[:, :, :end].sum(2)[..., None] * inputs["A"].double())
+        rows = ("u", "delta", "B", "C")
+        part = {k: x.double()[..., :end] if k in rows else x.double() for k, x in inputs.items()}
+        _, state = scan_ref(**part, delta_softplus=True, return_last_state=True)
+        for found, expected in ((pairs[:, :, i, 0::2], decay), (pairs[:, :, i, 1::2], state)):
+            assert (found.double() - expected).norm() <= 2e-5 * expected.norm()
+
+
 def _layouts(x):
     b, d, l = x["u"].shape
     wide = torch.zeros(b, d, l + 3, dtype=x["u"].dtype, device=x["u"].device)
@@ -212,6 +265,10 @@ def test_three_dimensional_B_and_C():
 
 BAD = {
     "delta": ({"delta": (2, 8, 31)}, r"expected delta of shape \(b, d, l\)"),
+    "shared delta": ({"delta": (2, 4, 31)}, r"expected delta of shape \(b, d / r, l\)"),
+    "no multiple": ({"delta": (2, 3, 30)}, "multiple of the channels of delta"),
+    "flat delta": ({"delta": (8, 30)}, "expected u .*, delta"),
+    "bias of delta": ({"delta": (2, 4, 30)}, r"expected delta_bias of shape \(d / r\) = \(4,\)"),
     "A": ({"A": (7, 2)}, "expected A"),
     "B": ({"B": (2, 3, 2, 30)}, "multiple of the groups"),
     "C": ({"C": (2, 2, 2, 29)}, "expected C"),
@@ -243,6 +300,16 @@ def test_wrong_dtypes():
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["sequential", "chunked"])
+def test_reference_is_float32_under_autocast(chunked):
+    inputs = make_inputs((2, 4, 40, 2, 2), torch.float32, "cpu")
+    plain = scan_ref(**inputs, delta_softplus=True, chunked=chunked)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = scan_ref(**inputs, delta_softplus=True, chunked=chunked)
+    results = [(y, *torch.autograd.grad(y.sum(), list(inputs.values()))) for y in (plain, under)]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["sequential", "chunked"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_gradcheck_of_the_reference(chunked, reverse):
     inputs = make_inputs((1, 4, 7, 2, 2), torch.float64, "cpu")
@@ -257,16 +324,18 @@ def test_gradcheck_of_the_reference(chunked, reverse):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    inputs = make_inputs((2, 6, 40, 2, 2), torch.float32, device)
+@pytest.mark.parametrize("share", [1, 3])
+def test_opcheck(share, device):
+    inputs = make_inputs((2, 6, 40, 2, 2), torch.float32, device, share=share)
     values = [inputs[name] for name in NAMES]
     forward, backward = (
         torch.ops.selective_scan.selective_scan_fwd,
         torch.ops.selective_scan.selective_scan_bwd,
     )
-    torch.library.opcheck(forward.default, (*values, True, False, False, True))
+    torch.library.opcheck(forward.default, (*values, True, False, False, 1))
     values = [x.detach() for x in values]
-    y, last, states = forward(*values, True, True, True, True)
+    torch.library.opcheck(forward.default, (*values, True, False, False, 2))
+    y, last, states = forward(*values, True, True, True, 1)
     args = (torch.ones_like(y), torch.ones_like(last), states, *values, True, True)
     torch.library.opcheck(backward.default, args)
 

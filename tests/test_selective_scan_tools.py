@@ -1,4 +1,4 @@
-"""Names of other builds (compat) and the report (doctor) of the selective_scan distribution."""
+"""The report (doctor) of the selective_scan distribution, and what a library of it holds."""
 
 from __future__ import annotations
 
@@ -8,69 +8,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from quadmamba.kernels import selective_scan as package
 
-compat = importlib.import_module(f"{package.__name__}.compat")
 doctor = importlib.import_module(f"{package.__name__}.doctor")
 library = importlib.import_module(f"{package.__name__}.library")
 needs_build = pytest.mark.skipif(library.LOAD_ERROR is not None, reason="needs the built library")
-
-
-@pytest.fixture
-def _installed():
-    before = {name: sys.modules.get(name) for name in compat.MODULES}
-    compat.install()
-    yield
-    for name, module in before.items():
-        sys.modules.pop(name)
-        if module is not None:
-            sys.modules[name] = module
-
-
-@needs_build
-@pytest.mark.usefixtures("_installed")
-@pytest.mark.parametrize("name", compat.MODULES)
-@pytest.mark.parametrize("extras", [True, False], ids=["D and bias", "bare"])
-def test_other_builds_names_run_unchanged(name, extras):
-    core = importlib.import_module(name)
-    u, delta, D, bias = (torch.randn(s) for s in ((2, 8, 40), (2, 8, 40), (8,), (8,)))
-    A, B, C = -torch.rand(8, 2), torch.randn(2, 2, 2, 40), torch.randn(2, 2, 2, 40)
-    D, bias = (D, bias) if extras else (None, None)
-    more = (True,) if name.endswith("oflex") else ()
-    out, x, *_ = core.fwd(u, delta, A, B, C, D, bias, True, 1, *more)
-    dout = torch.randn_like(out)
-    found = core.bwd(u, delta, A, B, C, D, bias, dout, x, True, 1)
-
-    leaves = [t for t in (u, delta, A, B, C, D, bias) if t is not None]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y = package.selective_scan_ref(u, delta, A, B, C, D, None, bias, True)
-    torch.testing.assert_close(out, y.detach())
-    expected = torch.autograd.grad(y, leaves, dout)
-    for ours, theirs in zip([grad for grad in found if grad is not None], expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert len(found) == 7
-
-
-@needs_build
-def test_compat_output_dtypes():
-    u = torch.randn(1, 4, 20, dtype=torch.bfloat16)
-    A, B = -torch.rand(4, 1), torch.randn(1, 1, 1, 20, dtype=torch.bfloat16)
-    assert compat.fwd(u, u, A, B, B, None, None, True, 1)[0].dtype == torch.bfloat16
-    assert compat.fwd(u, u, A, B, B, None, None, True, 1, True)[0].dtype == torch.float32
-
-
-def test_compat_refuses_bad_nrows():
-    with pytest.raises(ValueError, match="expected nrows >= 1, got 0"):
-        compat.fwd(None, None, None, None, None, None, None, True, 0)
-
-
-def test_compat_without_library_says_how_to_build(monkeypatch):
-    monkeypatch.setattr(library, "LOAD_ERROR", "not built")
-    with pytest.raises(RuntimeError, match="pip install"):
-        compat.fwd(None, None, None, None, None, None, None, True)
 
 
 def test_doctor_fits_one_screen():
@@ -110,6 +53,9 @@ def test_a_library_of_older_sources_says_so():
     assert library.kernels_for("no_such_op") == frozenset()
     assert "lacks no_such_op: it was built from older sources" in library.missing("no_such_op")
     assert library.missing("selective_scan_fwd") is None
+    assert library.missing("selective_scan_fwd", "keep_states") is None
+    expected = "lacks the keep_all of selective_scan_fwd: it was built from older sources"
+    assert expected in library.missing("selective_scan_fwd", "keep_all")
 
 
 # ------------------------------------------------------------------ more than one copy about

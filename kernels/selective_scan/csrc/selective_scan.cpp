@@ -9,7 +9,7 @@ extern "C" __attribute__((visibility("default"))) const char* selective_scan_bui
 STABLE_TORCH_LIBRARY_FRAGMENT(selective_scan, m) {
   m.def(
       "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
-      "Tensor? delta_bias, bool delta_softplus, bool reverse, bool out_float, bool save_states) "
+      "Tensor? delta_bias, bool delta_softplus, bool reverse, bool out_float, int keep_states) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "selective_scan_bwd(Tensor dy, Tensor? dlast, Tensor states, Tensor u, Tensor delta, "

@@ -13,10 +13,10 @@ struct BackwardParams {
   const void *dy, *u, *delta, *B, *C;
   const float *A, *D, *bias, *states, *dlast;
   void *du, *ddelta;
-  float *dA, *dD, *dbias;  // (b, d, n), (b, d), (b, d)
+  float *dA, *dD, *dbias;  // (b, d, n), (b, d), (b, d); ddelta too has a row per channel
   float *dB, *dC;          // (b, g, slabs, n, l)
   int64_t dy_b, dy_d, u_b, u_d, delta_b, delta_d, B_b, B_g, B_n, C_b, C_g, C_n;  // strides in items
-  int d, group, n, l, chunks, slabs, rows_per_warp;
+  int d, group, share, n, l, chunks, slabs, rows_per_warp;
   bool softplus;
 };
 
@@ -36,7 +36,7 @@ struct Row {
     channel = g * p.group + min(place, p.group - 1);
     index = image * p.d + channel;
     u = static_cast<const T*>(p.u) + image * p.u_b + channel * p.u_d;
-    delta = static_cast<const T*>(p.delta) + image * p.delta_b + channel * p.delta_d;
+    delta = static_cast<const T*>(p.delta) + image * p.delta_b + channel / p.share * p.delta_d;
     dy = static_cast<const Y*>(p.dy) + image * p.dy_b + channel * p.dy_d;
     du = static_cast<T*>(p.du) + index * p.l;
     ddelta = static_cast<T*>(p.ddelta) + index * p.l;
@@ -161,7 +161,8 @@ __global__ __launch_bounds__(kWarps* kLanes, 2) void backward_kernel(const Backw
   int buffer = 0;
   for (int turn = 0; turn < p.rows_per_warp; ++turn) {
     const Row<T, Y> row(p, image, g, (slab * p.rows_per_warp + turn) * kWarps + warp);
-    const float D = p.D ? p.D[row.channel] : 0.0f, bias = p.bias ? p.bias[row.channel] : 0.0f;
+    const float D = p.D ? p.D[row.channel] : 0.0f;
+    const float bias = p.bias ? p.bias[row.channel / p.share] : 0.0f;
     for (int s = lane; s < n; s += kLanes) {
       adjoint[s] = p.dlast && row.active ? p.dlast[row.index * n + s] : 0.0f;
       sum_A[s] = 0.0f;
@@ -260,7 +261,8 @@ BackwardParams make_params(const Inputs& in, const Tensor& dy, const Tensor& sta
   p.delta_b = in.delta.stride(0), p.delta_d = in.delta.stride(1);
   p.B_b = in.B.stride(0), p.B_g = in.B.stride(1), p.B_n = in.B.stride(2);
   p.C_b = in.C.stride(0), p.C_g = in.C.stride(1), p.C_n = in.C.stride(2);
-  p.d = static_cast<int>(s.d), p.group = static_cast<int>(s.group), p.n = static_cast<int>(s.n);
+  p.d = static_cast<int>(s.d), p.group = static_cast<int>(s.group);
+  p.share = static_cast<int>(s.share), p.n = static_cast<int>(s.n);
   p.l = static_cast<int>(s.l), p.chunks = static_cast<int>(s.chunks);
   p.softplus = in.softplus;
   return p;

@@ -30,11 +30,14 @@ struct Rows {
   int64_t length;
   bool reverse;
 
-  // Channels first .. first + kWidth of an image. `count` of them exist, the others repeat the last
-  // one.
-  Rows(T* image, int64_t stride, int64_t first, int64_t count, int64_t length, bool reverse)
+  // Channels first .. first + kWidth of an image, `share` neighbours to a row. `count` of them
+  // exist, the others repeat the last one.
+  Rows(T* image, int64_t stride, int64_t first, int64_t count, int64_t length, bool reverse,
+       int64_t share = 1)
       : length(length), reverse(reverse) {
-    for (int64_t i = 0; i < kWidth; ++i) row[i] = image + (first + std::min(i, count - 1)) * stride;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      row[i] = image + (first + std::min(i, count - 1)) / share * stride;
+    }
   }
 
   void read(int64_t start, int64_t count, float* tile) const {
@@ -92,9 +95,10 @@ const T* typed(const Tensor& tensor) {
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 template <typename T>
-Rows<const T> read_rows(const Tensor& tensor, const Task& task, const Inputs& in) {
+Rows<const T> read_rows(const Tensor& tensor, const Task& task, const Inputs& in,
+                        int64_t share = 1) {
   return {typed<T>(tensor) + task.image * tensor.stride(0), tensor.stride(1), task.first,
-          task.count,  in.size.l, in.reverse};
+          task.count,  in.size.l, in.reverse, share};
 }
 
 template <typename T>
@@ -126,7 +130,7 @@ struct Parameters {
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t channel = task.first + std::min(i, task.count - 1);
       D[i] = all_D ? all_D[channel] : 0.0f;
-      bias[i] = all_bias ? all_bias[channel] : 0.0f;
+      bias[i] = all_bias ? all_bias[channel / in.size.share] : 0.0f;
       for (int64_t s = 0; s < in.size.n; ++s) A[s * kWidth + i] = all_A[channel * in.size.n + s];
     }
   }
@@ -141,6 +145,20 @@ void write_states(const std::vector<float>& states, const Task& task, float* tar
   }
 }
 
+// The same with the decay over the `elapsed` sum of delta before each state.
+void write_pairs(const Parameters& p, const std::vector<double>& elapsed,
+                 const std::vector<float>& states, const Task& task, float* target,
+                 int64_t stride) {
+  const int64_t n = static_cast<int64_t>(states.size()) / kWidth;
+  for (int64_t i = 0; i < task.count; ++i) {
+    for (int64_t s = 0; s < n; ++s) {
+      float* pair = target + 2 * (i * stride + s);
+      pair[0] = std::exp(static_cast<float>(elapsed[i] * p.A[s * kWidth + i]));
+      pair[1] = states[s * kWidth + i];
+    }
+  }
+}
+
 void read_states(std::vector<float>& states, const Task& task, const float* source,
                  int64_t stride) {
   const int64_t n = static_cast<int64_t>(states.size()) / kWidth;
@@ -151,22 +169,21 @@ void read_states(std::vector<float>& states, const Task& task, const float* sour
 }
 
 template <typename T, typename Y>
-void forward_task(const Inputs& in, const Task& task, const ForwardResult& out) {
+void forward_task(const Inputs& in, const Task& task, int64_t keep, const ForwardResult& out) {
   const auto& [y, last, states] = out;
   const auto& s = in.size;
   const int64_t chunk = chunk_length(in.u.scalar_type()), row = task.image * s.d + task.first;
   const Parameters p(in, task);
-  const auto u = read_rows<T>(in.u, task, in), delta = read_rows<T>(in.delta, task, in);
+  const auto u = read_rows<T>(in.u, task, in), delta = read_rows<T>(in.delta, task, in, s.share);
   const auto y_rows = write_rows<Y>(y, task, in);
   std::vector<float> h(s.n * kWidth, 0.0f);
+  std::vector<double> elapsed(kWidth, 0.0);  // the sum of dt
   alignas(64) TileBuffer x, dt, slope, total;
   Line B, C;
   for (int64_t start = 0; start < s.l; start += chunk) {
     const int64_t count = std::min(chunk, s.l - start);
-    if (states.numel()) {
-      float* target = floats(states) + (row * s.chunks + start / chunk) * s.n;
-      write_states(h, task, target, s.chunks * s.n);
-    }
+    float* kept = keep ? floats(states) + (row * s.chunks + start / chunk) * keep * s.n : nullptr;
+    if (keep == kEntering) write_states(h, task, kept, s.chunks * s.n);
     u.read(start, count, x);
     delta.read(start, count, dt);
     cpu::make_delta(dt, slope, p.bias, in.softplus, count);
@@ -177,25 +194,30 @@ void forward_task(const Inputs& in, const Task& task, const ForwardResult& out) 
       cpu::scan_tile(dt, x, &p.A[n * kWidth], B, C, &h[n * kWidth], total, count);
     }
     y_rows.write(start, count, total, task.count);
+    if (keep == kPairs) {
+      for (int64_t i = 0; i < count * kWidth; ++i) elapsed[i % kWidth] += dt[i];
+      write_pairs(p, elapsed, h, task, kept, s.chunks * s.n);
+    }
   }
   write_states(h, task, floats(last) + row * s.n, s.n);
 }
 
 ForwardResult forward_cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                           const Tensor& C, const OptionalTensor& D, const OptionalTensor& bias,
-                          bool softplus, bool reverse, bool out_float, bool save_states) {
+                          bool softplus, bool reverse, bool out_float, int64_t keep) {
   const Inputs in = make_inputs(u, delta, A, B, C, D, bias, softplus, reverse);
   const auto& s = in.size;
   const ForwardResult out{
       empty_like_on(u, {s.b, s.d, s.l}, out_float ? kFloat : u.scalar_type()),
-      zeros_like_on(u, {s.b, s.d, s.n}, kFloat), empty_states(in, save_states)};
+      zeros_like_on(u, {s.b, s.d, s.n}, kFloat), empty_states(in, keep)};
   const int64_t blocks = blocks_per_group(s);
   dispatch_dtype(kOp, u.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     torch::stable::parallel_for(0, s.b * s.g * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Task task = make_task(s, i / blocks / s.g, i / blocks % s.g, i % blocks);
-        out_float ? forward_task<T, float>(in, task, out) : forward_task<T, T>(in, task, out);
+        const auto run = out_float ? forward_task<T, float> : forward_task<T, T>;
+        run(in, task, keep, out);
       }
     });
   });
@@ -252,7 +274,7 @@ template <typename T, typename Y>
 void load_chunk(const Inputs& in, const Task& task, const Backward& io, const Parameters& p,
                 int64_t start, int64_t count, Buffers& m) {
   read_rows<T>(in.u, task, in).read(start, count, m.u);
-  read_rows<T>(in.delta, task, in).read(start, count, m.dt);
+  read_rows<T>(in.delta, task, in, in.size.share).read(start, count, m.dt);
   read_rows<Y>(io.dy, task, in).read(start, count, m.dy);
   for (int64_t t = 0; task.count < kWidth && t < count; ++t) {
     std::fill(m.dy + t * kWidth + task.count, m.dy + (t + 1) * kWidth, 0.0f);

@@ -13,10 +13,10 @@ struct ForwardParams {
   const void *u, *delta, *B, *C;
   const float *A, *D, *bias;
   void* y;
-  float *last, *states;  // states may be null
+  float *last, *states;  // states: what `keep` says, of Keep
   int64_t u_b, u_d, delta_b, delta_d, B_b, B_g, B_n, C_b, C_g, C_n;  // strides in items
   int64_t rows;
-  int d, group, n, l, chunks;
+  int d, group, share, n, l, chunks, keep;
   bool softplus;
 };
 
@@ -31,8 +31,9 @@ __global__ __launch_bounds__(kForwardWarps* kLanes, 6) void forward_kernel(const
   if (row >= p.rows) return;
   const int64_t image = row / p.d;
   const int channel = static_cast<int>(row % p.d), g = channel / p.group;
+  const int delta_row = channel / p.share;
   const T* u = static_cast<const T*>(p.u) + image * p.u_b + channel * p.u_d;
-  const T* delta = static_cast<const T*>(p.delta) + image * p.delta_b + channel * p.delta_d;
+  const T* delta = static_cast<const T*>(p.delta) + image * p.delta_b + delta_row * p.delta_d;
   const T* B = static_cast<const T*>(p.B) + image * p.B_b + g * p.B_g;
   const T* C = static_cast<const T*>(p.C) + image * p.C_b + g * p.C_g;
   Y* y = static_cast<Y*>(p.y) + row * p.l;
@@ -40,7 +41,7 @@ __global__ __launch_bounds__(kForwardWarps* kLanes, 6) void forward_kernel(const
   for (int s = lane; s < n; s += kLanes) state[s] = 0.0f;
   __syncwarp();
 
-  const float D = p.D ? p.D[channel] : 0.0f, bias = p.bias ? p.bias[channel] : 0.0f;
+  const float D = p.D ? p.D[channel] : 0.0f, bias = p.bias ? p.bias[delta_row] : 0.0f;
   const auto first = [&](int step) {
     return (kReverse ? p.chunks - 1 - step : step) * Chunk::kLength;
   };
@@ -86,8 +87,13 @@ __global__ __launch_bounds__(kForwardWarps* kLanes, 6) void forward_kernel(const
       }
       __syncwarp();
       if (lane == kLanes - 1) {
-        if (p.states) p.states[(row * p.chunks + step) * n + s] = enter;
         state[s] = fmaf(own.decay, enter, own.sum);
+        const int64_t at = (row * p.chunks + step) * n + s;
+        if (p.keep == kEntering) p.states[at] = enter;
+        if (p.keep == kPairs) {
+          auto* pair = reinterpret_cast<float2*>(p.states) + at;
+          *pair = make_float2(step ? pair[-n].x * own.decay : own.decay, state[s]);
+        }
       }
       __syncwarp();
     }
@@ -109,7 +115,7 @@ void launch(const ForwardParams& p, bool aligned, cudaStream_t stream) {
 }
 
 ForwardParams make_params(const Inputs& in, const Tensor& y, const Tensor& last,
-                          const Tensor& states) {
+                          const Tensor& states, int64_t keep) {
   const auto& s = in.size;
   ForwardParams p{};
   p.u = in.u.const_data_ptr(), p.delta = in.delta.const_data_ptr();
@@ -118,13 +124,14 @@ ForwardParams make_params(const Inputs& in, const Tensor& y, const Tensor& last,
   p.D = float_pointer(in.D), p.bias = float_pointer(in.bias);
   p.y = y.mutable_data_ptr();
   p.last = static_cast<float*>(last.mutable_data_ptr());
-  p.states = states.numel() ? static_cast<float*>(states.mutable_data_ptr()) : nullptr;
+  p.states = static_cast<float*>(states.mutable_data_ptr()), p.keep = static_cast<int>(keep);
   p.u_b = in.u.stride(0), p.u_d = in.u.stride(1);
   p.delta_b = in.delta.stride(0), p.delta_d = in.delta.stride(1);
   p.B_b = in.B.stride(0), p.B_g = in.B.stride(1), p.B_n = in.B.stride(2);
   p.C_b = in.C.stride(0), p.C_g = in.C.stride(1), p.C_n = in.C.stride(2);
   p.rows = s.b * s.d;
-  p.d = static_cast<int>(s.d), p.group = static_cast<int>(s.group), p.n = static_cast<int>(s.n);
+  p.d = static_cast<int>(s.d), p.group = static_cast<int>(s.group);
+  p.share = static_cast<int>(s.share), p.n = static_cast<int>(s.n);
   p.l = static_cast<int>(s.l), p.chunks = static_cast<int>(s.chunks);
   p.softplus = in.softplus;
   return p;
@@ -132,15 +139,15 @@ ForwardParams make_params(const Inputs& in, const Tensor& y, const Tensor& last,
 
 ForwardResult forward_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B,
                            const Tensor& C, const OptionalTensor& D, const OptionalTensor& bias,
-                           bool softplus, bool reverse, bool out_float, bool save_states) {
+                           bool softplus, bool reverse, bool out_float, int64_t keep) {
   const DeviceGuard guard(u.get_device_index());
   const Inputs in = make_inputs(u, delta, A, B, C, D, bias, softplus, reverse);
   const auto& s = in.size;
   const Tensor y = empty_like_on(u, {s.b, s.d, s.l}, out_float ? kFloat : u.scalar_type());
   const Tensor last = zeros_like_on(u, {s.b, s.d, s.n}, kFloat);
-  const Tensor states = empty_states(in, save_states);
+  const Tensor states = empty_states(in, keep);
   if (y.numel() == 0) return {y, last, states};
-  const ForwardParams p = make_params(in, y, last, states);
+  const ForwardParams p = make_params(in, y, last, states, keep);
   const bool aligned = rows_aligned({&in.u, &in.delta, &in.B, &in.C, &y}, u.scalar_type());
   dispatch_dtype(kOp, u.scalar_type(), [&](auto tag) {
     using T = typename DeviceType<typename decltype(tag)::type>::type;

@@ -29,24 +29,32 @@ def check_selective_scan(
 ) -> None:
     """Raise ValueError unless the shapes fit `selective_scan` with B and C as (b, g, n, l)."""
     op = "selective_scan"
-    if u.dim() != 3 or A.dim() != 2 or B.dim() != 4:
-        got = f"u {tuple(u.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}"
+    if u.dim() != 3 or delta.dim() != 3 or A.dim() != 2 or B.dim() != 4:
+        names = {"u": u, "delta": delta, "A": A, "B": B}
+        got = ", ".join(f"{name} {tuple(t.shape)}" for name, t in names.items())
         raise ValueError(
-            f"{op}: expected u (b, d, l), A (d, n) and B (b, n, l) or (b, g, n, l), got {got}"
+            f"{op}: expected u (b, d, l), delta (b, d, l) or (b, d / r, l), A (d, n) and "
+            f"B (b, n, l) or (b, g, n, l), got {got}"
         )
     b, d, l = u.shape
-    n, g = A.shape[1], B.shape[1]
+    n, g, rows = A.shape[1], B.shape[1], delta.shape[1]
     if g < 1 or d % g:
         raise ValueError(
             f"{op}: expected d to be a multiple of the groups of B, got d = {d} and {g} groups"
         )
-    _expect("delta", delta, (b, d, l), "(b, d, l)", op)
+    if rows != d and (rows < 1 or d % rows):
+        raise ValueError(
+            f"{op}: expected d to be a multiple of the channels of delta, got d = {d} and "
+            f"{rows} channels of delta"
+        )
+    letters = "d" if rows == d else "d / r"
+    _expect("delta", delta, (b, rows, l), f"(b, {letters}, l)", op)
     _expect("A", A, (d, n), "(d, n)", op)
     _expect("B", B, (b, g, n, l), "(b, g, n, l)", op)
     _expect("C", C, (b, g, n, l), "(b, g, n, l)", op)
     _expect("D", D, (d,), "(d)", op)
     _expect("z", z, (b, d, l), "(b, d, l)", op)
-    _expect("delta_bias", delta_bias, (d,), "(d)", op)
+    _expect("delta_bias", delta_bias, (rows,), f"({letters})", op)
 
 
 def check_scan_dtypes(u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> None:

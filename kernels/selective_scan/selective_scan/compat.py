@@ -1,87 +1,78 @@
 """Names of other builds of this kernel: code that imports them runs on these kernels, unchanged.
 
-`install()` makes `selective_scan_cuda_oflex` and `selective_scan_cuda_core` importable.
+`install()` makes them importable. In all of them `fwd` returns a list that starts with y and x, and
+`bwd` takes that x. x is (b, d, chunks, 2n) in float32: per chunk and state the product of the
+decays since the start of the row, then the state, both after the chunk. So `x[:, :, -1, 1::2]` is
+the last state (b, d, n). A chunk has 128 positions where u, delta, B and C are float32 and 256
+where they are 16 bit; other builds take 2048.
+
+As in the other builds, nothing here records a graph: autograd sees the caller's own function alone.
+u, delta, B and C may differ in dtype; the scan then runs in the widest. Every gradient has the
+shape and the dtype of its tensor.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-import torch
-from torch import Tensor
+from . import compat_mamba
+from .compat_vmamba import bwd, fwd
 
-from . import library
+__all__ = ["MODULES", "bwd", "fwd", "install", "uninstall"]
 
-MODULES = ("selective_scan_cuda_oflex", "selective_scan_cuda_core")
+_MAMBA = {"fwd": compat_mamba.fwd, "bwd": compat_mamba.bwd}
+_VMAMBA = {"fwd": fwd, "bwd": bwd}
+_BUILDS = {
+    "selective_scan_cuda": _MAMBA,
+    "selective_scan_cuda_test": _MAMBA,
+    "selective_scan_cuda_oflex": _VMAMBA,
+    "selective_scan_cuda_core": _VMAMBA,
+    "selective_scan_cuda_ndstate": _VMAMBA,
+    "selective_scan_cuda_nrow": _VMAMBA,
+}
+MODULES = tuple(_BUILDS)
 
 
-def fwd(  # noqa: PLR0913 - the signature of the other builds
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    nrows: int = 1,
-    out_float: bool = False,
-) -> list[Tensor]:
-    """[y, x] of a scan; shapes as in `selective_scan`, B and C (b, g, n, l), x for `bwd` alone.
+def install(*names: str) -> tuple[str, ...]:
+    """Make these names of other builds, by default all of MODULES, mean the kernels here.
 
-    nrows, a tuning hint of the other builds, only has to be positive. y is float32 with
-    `out_float`, else of the dtype of u. Raises ValueError for nrows < 1 and RuntimeError where the
-    kernels are missing.
+    Call it in every process before the code that imports them: a build of that name that is
+    installed is then not imported, and one that was imported before is replaced, with a warning,
+    for what imports it from now on. Returns the names. Raises ValueError for a name not in MODULES.
     """
-    _check(nrows)
-    y, _, x = torch.ops.selective_scan.selective_scan_fwd(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, False, out_float, True
-    )
-    return [y, x]
-
-
-def bwd(  # noqa: PLR0913 - the signature of the other builds
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    dout: Tensor,
-    x: Tensor,
-    delta_softplus: bool,
-    nrows: int = 1,
-) -> list[Tensor | None]:
-    """[du, ddelta, dA, dB, dC, dD, ddelta_bias], the last two None without D or delta_bias.
-
-    dout: (b, d, l), x: what `fwd` returned. Raises as `fwd` does.
-    """
-    _check(nrows)
-    *grads, dD, dbias = torch.ops.selective_scan.selective_scan_bwd(
-        dout, None, x, u, delta, A, B, C, D, delta_bias, delta_softplus, False
-    )
-    return [*grads, None if D is None else dD, None if delta_bias is None else dbias]
-
-
-def _check(nrows: int) -> None:
-    if nrows < 1:
-        raise ValueError(f"selective_scan.compat: expected nrows >= 1, got {nrows}")
-    if library.LOAD_ERROR is not None:
-        raise RuntimeError(
-            f"selective_scan.compat: expected the compiled kernels, but {library.LOAD_ERROR}; "
-            f"build them: {library.BUILD_COMMAND}"
+    names = names or MODULES
+    unknown = sorted(set(names) - set(MODULES))
+    if unknown:
+        raise ValueError(
+            f"selective_scan.compat: expected names among {', '.join(MODULES)}, "
+            f"got {', '.join(unknown)}"
         )
-
-
-def install() -> tuple[str, ...]:
-    """Put this module's `fwd` and `bwd` behind the names in MODULES, in place of any other build.
-
-    Returns the names. Call it before the code that imports them.
-    """
-    for name in MODULES:
+    held = [name for name in names if sys.modules.get(name) and not _is_ours(name)]
+    if held:
+        warnings.warn(
+            f"selective_scan.compat: {', '.join(held)} of another build was imported before; code "
+            "that holds it goes on with that build. Call install() earlier",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    for name in names:
         module = ModuleType(name, f"{name}: {__name__} under the name of another build.")
-        vars(module).update(fwd=fwd, bwd=bwd)
+        module.__spec__ = ModuleSpec(name, None, origin=__file__)
+        vars(module).update(_BUILDS[name])
         sys.modules[name] = module
-    return MODULES
+    return names
+
+
+def uninstall() -> None:
+    """Give the names back: what imports them from now on gets an installed build, if any."""
+    for name in MODULES:
+        if _is_ours(name):
+            del sys.modules[name]
+
+
+def _is_ours(name: str) -> bool:
+    module = sys.modules.get(name)
+    return getattr(module, "fwd", None) is _BUILDS[name]["fwd"]

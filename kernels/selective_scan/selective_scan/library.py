@@ -51,11 +51,15 @@ def _load() -> str | None:
 LOAD_ERROR = _load()
 
 
-def missing(op: str) -> str | None:
-    """Why `op` is not in the loaded library, or None where it is there."""
-    if LOAD_ERROR is None and not hasattr(getattr(torch.ops, NAMESPACE), op):
-        return f"{PATH} lacks {op}: it was built from older sources"
-    return LOAD_ERROR
+def missing(op: str, argument: str | None = None) -> str | None:
+    """Why `op`, or this argument of it, is not in the loaded library; None where it is there."""
+    if LOAD_ERROR is not None:
+        return LOAD_ERROR
+    found, what = getattr(getattr(torch.ops, NAMESPACE), op, None), op
+    if found is not None and argument is not None:
+        names = [item.name for item in found.default._schema.arguments]
+        found, what = argument in names or None, f"the {argument} of {op}"
+    return f"{PATH} lacks {what}: it was built from older sources" if found is None else None
 
 
 def kernels_for(op: str) -> frozenset[str]:

@@ -40,10 +40,10 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of the rows of u, on the kernel of its device.
 
-    u, delta: (b, d, l). A: (d, n), negative, n <= 256. B, C: (b, g, n, l) or (b, n, l), d a
-    multiple of g. D, delta_bias: (d). u, delta, B and C share float32, float16 or bfloat16
-    (autocast widens them to the widest among them); state and sums are float32. float64 runs the
-    reference.
+    u: (b, d, l). A: (d, n), negative, n <= 256. B, C: (b, g, n, l) or (b, n, l), d a multiple of g.
+    D: (d). delta: (b, d, l) and delta_bias: (d), or (b, d / r, l) and (d / r): then r neighbouring
+    channels share a row of delta. u, delta, B and C share float32, float16 or bfloat16 (autocast
+    widens them to the widest among them); state and sums are float32. float64 runs the reference.
     `reverse` scans from the last position to the first.
     Returns y (b, d, l) in `out_dtype`, float32 or (default) the dtype of u, and with
     `return_last_state` also the state (b, d, n) in float32.
@@ -79,9 +79,14 @@ def selective_scan(
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     out_float = out_dtype == torch.float32
     y, last, _ = torch.ops.selective_scan.selective_scan_fwd(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, out_float, save
+        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, out_float, int(save)
     )
     return (y, last) if return_last_state else y
+
+
+def count_chunks(u: Tensor) -> int:
+    """Chunks in a row of u, (b, d, l); `chunk_length` in csrc has the same rule."""
+    return -(-u.shape[2] // (128 if u.dtype == torch.float32 else 256))
 
 
 def _forward_fake(
@@ -95,16 +100,15 @@ def _forward_fake(
     delta_softplus: bool,
     reverse: bool,
     out_float: bool,
-    save_states: bool,
+    keep_states: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_selective_scan(u, delta, A, B, C, D, None, delta_bias)
     check_scan_dtypes(u, delta, B, C)
     b, d, l = u.shape
     n = A.shape[1]
-    chunk = 128 if u.dtype == torch.float32 else 256  # chunk_length in csrc/selective_scan.h
     y = u.new_empty(b, d, l, dtype=torch.float32 if out_float else u.dtype)
     last = u.new_empty(b, d, n, dtype=torch.float32)
-    shape = (b, d, (l + chunk - 1) // chunk, n) if save_states else (0,)
+    shape = (b, d, count_chunks(u), keep_states * n) if keep_states else (0,)
     return y, last, u.new_empty(shape, dtype=torch.float32)
 
 
@@ -125,23 +129,22 @@ def _backward_fake(
     def float32(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
 
-    d = u.shape[1]
     return (
         u.new_empty(u.shape),
-        u.new_empty(u.shape),
+        delta.new_empty(delta.shape),
         float32(*A.shape),
         B.new_empty(B.shape),
         C.new_empty(C.shape),
-        float32(0 if D is None else d),
-        float32(0 if delta_bias is None else d),
+        float32(0 if D is None else u.shape[1]),
+        float32(0 if delta_bias is None else delta.shape[1]),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, softplus, reverse, _, save_states = inputs
+    *tensors, softplus, reverse, _, keep_states = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    ctx.flags = softplus, reverse, save_states
+    ctx.flags = softplus, reverse, keep_states
     ctx.save_for_backward(output[2], *tensors)
 
 
@@ -149,11 +152,11 @@ def _backward(
     ctx: Any, dy: Tensor | None, dlast: Tensor | None, dstates: None
 ) -> tuple[Tensor | None, ...]:
     states, u, delta, A, B, C, D, bias = ctx.saved_tensors
-    softplus, reverse, saved = ctx.flags
-    if not saved:
+    softplus, reverse, kept = ctx.flags
+    if kept != 1:
         raise RuntimeError(
-            "selective_scan: expected save_states=True in a forward call that is differentiated, "
-            "got False"
+            "selective_scan: expected keep_states=1 in a forward call that is differentiated, "
+            f"got {kept}"
         )
     dy = torch.zeros_like(u) if dy is None else dy
     du, ddelta, dA, dB, dC, dD, dbias = torch.ops.selective_scan.selective_scan_bwd(
@@ -172,7 +175,7 @@ def _widest(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    *flags: bool,
+    *flags: int,
 ) -> tuple:
     """Autocast: u, delta, B and C in the widest dtype among them, the parameters in float32."""
     dtype = u.dtype

@@ -109,8 +109,9 @@ def selective_scan_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan in the layout of Mamba's `selective_scan_fn`, with grouped B and C.
 
-    u, delta, z: (b, d, l). A: (d, n), negative. B, C: (b, g, n, l) or (b, n, l), d a multiple of g.
-    D, delta_bias: (d).
+    u, z: (b, d, l). A: (d, n), negative. B, C: (b, g, n, l) or (b, n, l), d a multiple of g.
+    D: (d). delta: (b, d, l) and delta_bias: (d), or (b, d / r, l) and (d / r): then r neighbouring
+    channels share a row of delta.
     `reverse` scans from the last position to the first; the last state is then the one after
     position 0.
     `chunked` takes `linear_recurrence` instead of the step-by-step loop.
@@ -125,6 +126,8 @@ def selective_scan_ref(
     x, dt = u.to(dtype), delta.to(dtype)
     dt = dt if delta_bias is None else dt + delta_bias.to(dtype)[:, None]
     dt = F.softplus(dt) if delta_softplus else dt
+    if dt.shape[1] != u.shape[1]:
+        dt = dt.repeat_interleave(u.shape[1] // dt.shape[1], dim=1)
     B, C = (
         m.to(dtype).repeat_interleave(group, dim=1).transpose(2, 3) for m in (B, C)
     )  # (b, d, l, n)
