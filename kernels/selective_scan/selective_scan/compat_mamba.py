@@ -4,7 +4,7 @@ Beside those of VMamba they take z, which gates the output: y silu(z); B and C o
 at all positions; and a complex A (d, n), where B and C are complex (d, n) or hold real and
 imaginary parts in turn, (b, g, n, 2l), and y is twice the real part of the sum. The kernels have
 neither constant nor complex rows, so scans with them run state by state in float32, at several
-passes over (b, d, l) each, and their x is one chunk, which `bwd` does not read.
+passes over (b, d, l) each, with one warning; their x is one chunk, which `bwd` does not read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import compat_vmamba as vmamba
+from . import library
 from .ops import selective_scan
 
 
@@ -107,6 +108,12 @@ def _goes_by_state(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> bool:
                 f"A, {A.dtype}, or real (b, n, l) or (b, g, n, l) with l = {l} numbers in a row, "
                 f"got {x.dtype} {tuple(x.shape)}"
             )
+    library.warn_once(
+        "selective_scan.compat",
+        "B or C is constant or A complex, for which there is no kernel: running state by state in "
+        "float32, which is about 7 times slower for real and 40 times for complex parameters",
+        stacklevel=5,
+    )
     return True
 
 

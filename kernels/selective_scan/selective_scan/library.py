@@ -89,15 +89,19 @@ def use_kernel(op: str, tensor: Tensor, kernels: frozenset[str]) -> bool:
             f"Build it where nvcc is installed: {BUILD_COMMAND}. `python -m selective_scan.doctor` "
             f"says what is missing; `{op}_ref` is the slow definition in plain PyTorch"
         )
-    if op not in _warned and not torch.compiler.is_compiling():
-        _warned.add(op)
-        warnings.warn(
-            f"{op}: no compiled CPU kernel ({missing(f'{op}_fwd')}), running the PyTorch "
-            f"reference, which is several times slower. Build it: {BUILD_COMMAND}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    warn_once(
+        op,
+        f"no compiled CPU kernel ({missing(f'{op}_fwd')}), running the PyTorch reference, which "
+        f"is several times slower. Build it: {BUILD_COMMAND}",
+    )
     return False
+
+
+def warn_once(name: str, message: str, stacklevel: int = 4) -> None:
+    """A RuntimeWarning, once per process and name; stacklevel as in `warnings.warn`."""
+    if name not in _warned and not torch.compiler.is_compiling():
+        _warned.add(name)
+        warnings.warn(f"{name}: {message}", RuntimeWarning, stacklevel)
 
 
 def register_autocast_rule(op: str, rule: Callable[..., tuple]) -> None:
