@@ -16,7 +16,7 @@ from quadmamba.utils import throughput
 from quadmamba.utils.complexity import Complexity, report
 from quadmamba.utils.distributed import World
 from quadmamba.utils.hunt import first_not_finite
-from quadmamba.utils.rng import rng_state, seed_step
+from quadmamba.utils.rng import rng_state, seed_step, set_rng_state
 
 CPU = torch.device("cpu")
 
@@ -136,6 +136,19 @@ def test_the_states_are_plain_values_that_a_checkpoint_can_hold(tmp_path):
     assert state["numpy"][1].dtype == torch.int64
     assert state["numpy"][1].tolist() == np.random.get_state()[1].tolist()
     assert state["numpy"][3] == 1
+
+
+def test_the_generator_of_a_gpu_is_kept_for_gpus(monkeypatch):
+    gpu, given = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: [device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *args: given.append(args))
+    state = rng_state(gpu)
+    assert state["cuda"] == [gpu]
+    set_rng_state(state, CPU)
+    set_rng_state(rng_state(CPU), gpu)
+    assert given == []
+    set_rng_state(state, gpu)
+    assert given == [([gpu], gpu)]
 
 
 def test_a_sample_is_seeded_from_its_keys_by_numpys_sequence():
