@@ -125,6 +125,8 @@ def test_rates_count_where_the_selected_quadrant_holds_the_point():
     assert plain == {"rate": 0.2, "constant": 0.6, "chance": 0.25}
     # Rolled by a token, quadrant 0 holds rows and columns 7, 0, 1, 2: all points but the second
     assert shifted["rate"] == pytest.approx(0.8)
+    corner = centre_rates(model, [(torch.randn(2, 3, 32, 32), torch.tensor([[0.1, 0.3]] * 2))])
+    assert corner["stage 1 block 1"] == {"rate": 0.0, "constant": 1.0, "chance": 0.25}
 
 
 # ---------------------------------------------------------------------------------- the program

@@ -167,9 +167,14 @@ def test_recomputed_blocks_draw_the_same_noise():
     gradients = []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
-        model = tiny(drop_path=0.3, use_checkpoint=use_checkpoint).train()
+        model, calls = tiny(drop_path=0.3, use_checkpoint=use_checkpoint).train(), []
+        model.stages[1][0].norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(torch.randn(4, 3, 64, 64)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
+        assert len(calls) == 1 + use_checkpoint, "computed again in the backward pass"
+        with torch.no_grad():
+            model.eval()(torch.randn(1, 3, 64, 64))
+        assert len(calls) == 2 + use_checkpoint
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 

@@ -71,6 +71,9 @@ def test_the_fixed_selections():
     assert not torch.equal(choice, random_quadrant(20000, device, 2, False))
     op = QuadSS2D(4, order=QuadtreeOrder(), selection="first")
     assert op.select(torch.randn(2, 8, 8, 8)).argmax(1).tolist() == [0, 0]
+    fixed = QuadSS2D(4, order=QuadtreeOrder((4, 4)), selection="random")
+    assert fixed.selection == "first", "both levels are the same: there is nothing to select"
+    assert (op.seed, QuadSS2D(4, order=QuadtreeOrder(), seed=3).seed) == (0, 3)
 
 
 def test_without_noise_training_takes_the_highest_score():

@@ -41,6 +41,12 @@ class Scaler:
     def is_enabled(self):
         return True
 
+    def state_dict(self):
+        return {"scale": 512.0}
+
+    def load_state_dict(self, state):
+        self.calls.append(state)
+
 
 def test_gradients_are_unscaled_then_clipped_then_taken():
     scaled, plain = make_stepper(clip=1e-2), make_stepper(clip=1e-2)
@@ -57,6 +63,20 @@ def test_gradients_are_unscaled_then_clipped_then_taken():
         torch.testing.assert_close(a, b)
     assert not hasattr(scaled.optimizer, "found_inf"), "the scaler's own"
     assert plain.optimizer.found_inf.item() == 0
+
+
+def test_the_loss_scale_goes_on_where_the_checkpoint_has_one():
+    saving, empty = make_stepper(), make_stepper()
+    for each in (saving, empty):
+        each.backward(*batch(4), parts=1, last=True)
+        each.update()
+    saving.scaler = Scaler(saving)
+    for source, enabled in ((saving, True), (saving, False), (empty, True)):
+        stepper = make_stepper()
+        scaler = Scaler(stepper)
+        stepper.scaler = scaler if enabled else stepper.scaler
+        stepper.load_state(source.state(), "here")
+        assert scaler.calls == ([{"scale": 512.0}] if enabled and source is saving else [])
 
 
 def test_only_half_precision_on_a_gpu_is_scaled():
