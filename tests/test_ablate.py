@@ -54,6 +54,16 @@ def test_canvases_are_read_with_labels_and_centres(digits):
         assert image.gt(0).sum() == 16
 
 
+def test_a_single_canvas_is_read(digits, tmp_path):
+    lines = (digits / "positions.csv").read_text().splitlines()
+    (tmp_path / "val" / "0").mkdir(parents=True)
+    Image.new("L", (8, 8), 9).save(tmp_path / "val/0/00000.png")
+    (tmp_path / "positions.csv").write_text(f"{lines[0]}\nval/0/00000.png,2,6,1,8\n")
+    canvases = read_canvases(tmp_path, "val")
+    assert canvases.centres.tolist() == [[0.25, 0.75]]
+    assert canvases.images.tolist() == [[[9] * 8] * 8]
+
+
 def test_validation_batches_are_the_normalised_canvases_in_order(digits):
     canvases = read_canvases(digits, "val")
     loader = CanvasLoader(canvases, 5, shuffle=False)

@@ -159,6 +159,7 @@ def test_with_few_classes_the_first_five_are_all():
     tally.add(torch.randn(7, 3), torch.randint(3, (7,)))
     assert metrics_of(tally.totals).top5 == 100
     assert metrics_of(torch.zeros(4)) == Metrics(0.0, 0.0, 0.0, 0)
+    assert metrics_of(torch.tensor([0.5, 1, 1, 1])) == Metrics(0.5, 100.0, 100.0, 1)
 
 
 # ------------------------------------------------------------------------------ what ranks agree

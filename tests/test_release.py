@@ -153,6 +153,17 @@ def test_what_is_no_official_checkpoint_is_an_error_with_a_list(case):
         from_release(change(small()))
 
 
+def test_the_list_has_a_line_for_each_kind_of_fault():
+    state = without(small(), "classifier.norm.bias") | {"extra": torch.zeros(1)}
+    with pytest.raises(ReleaseError) as caught:
+        from_release(state)
+    assert str(caught.value).split("\n") == [
+        f"expected the {len(state)} tensors of an official checkpoint, got {len(state)}:",
+        "  1 missing: classifier.norm.bias",
+        "  1 unexpected: extra",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
