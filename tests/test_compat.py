@@ -314,14 +314,15 @@ def test_K3_mambas_own_build(form, gated, dtype, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_K3_complex_states_keep_their_phase_in_long_rows(device):
+    """Over about 8,000 radians, where float32 steps may add up to 8,000 · 6e-8 = 5e-4 of error."""
     mamba = importlib.import_module("selective_scan_cuda")
     inputs = make_inputs((1, 2, 3000, 2, 1), torch.float32, device, is_complex=True)
     inputs["A"] = torch.complex(-0.01 * torch.rand(2, 2), 3 + torch.rand(2, 2)).to(device)
     double = to_double(inputs)
     expected, decays, states = truth(**double)
     _, x, y = mamba.fwd(**inputs, delta_softplus=True)
-    assert_near(y, expected, 2e-5, "y")
-    assert_near(x[:, :, -1, 1::2], states[:, :, -1], 2e-5, "last state")
+    assert_near(y, expected, 1e-4, "y")
+    assert_near(x[:, :, -1, 1::2], states[:, :, -1], 1e-4, "last state")
     assert decays[:, :, -1].abs().min() > 1e-12
 
 
