@@ -194,7 +194,7 @@ def test_C1_the_folder_stays_locked_until_the_last_checkpoint_is_written(tmp_pat
     go_on = threading.Event()
     wait = Mock(side_effect=lambda *_, **__: go_on.wait())
     monkeypatch.setattr("quadmamba.utils.writer.save", wait)
-    monkeypatch.setattr("quadmamba.utils.writer._LATE_S", 0.1)
+    monkeypatch.setattr("quadmamba.utils.writer._LEAVE_S", 0.1)
     with holding(tmp_path, keep=1) as writer:
         writer.submit({}, ["last.pth"])
     with pytest.raises(OutputError, match="in use by"):

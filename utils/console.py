@@ -22,8 +22,8 @@ class _Lasting(io.TextIOBase):
     error: why, where that is not simply that nobody reads it any more.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None, name: str) -> None:
+        self._stream, self._name = stream, name
         self.error: OSError | None = None
 
     @property
@@ -60,6 +60,7 @@ class _Lasting(io.TextIOBase):
             self._give_up()
             if error.errno not in _LEFT:
                 self.error = error
+                sys.stderr.write(f"warning: {self._name} takes no more: {error.strerror}\n")
         except ValueError:  # it was closed
             self._give_up()
 
@@ -90,7 +91,7 @@ def lasting_console() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Lasting, before)
+    sys.stdout, sys.stderr = map(_Lasting, before, ("stdout", "stderr"))
     try:
         yield
     finally:

@@ -27,6 +27,8 @@ from quadmamba.utils.stepper import Stepper, autocast
 from quadmamba.utils.versions import versions
 from quadmamba.utils.writer import CheckpointWriter
 
+_LATE_S = 5.0  # how long training goes on while the checkpoint of the epoch before is written
+
 
 class DivergedError(RuntimeError):
     """Too many steps in a row were not finite; the message names where that arises."""
@@ -65,7 +67,8 @@ class Run:
 
     writer: None on ranks that do not write. draw: pictures (n, 3, h, w) of a model for TensorBoard.
     stop: the signal that asks for an end. recent: (epoch, step, images, targets) of the batches of
-    the last optimizer step.
+    the last optimizer step. saved: when the last checkpoint was handed to the writer; handed: the
+    same where it is that of a whole epoch, else infinity.
     """
 
     stepper: Stepper
@@ -78,6 +81,7 @@ class Run:
     draw: Callable[[nn.Module], Tensor] | None = None
     recent: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)
     saved: float = field(default_factory=time.monotonic)
+    handed: float = math.inf
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,8 +180,8 @@ def _update(cfg: CfgNode, run: Run, total: int) -> bool:
     """Take the optimizer step, and log, save and stop where that is due; True to stop."""
     stepper, limit = run.stepper, cfg.TRAIN.MAX_BAD_STEPS
     run.window.norm = stepper.update()
-    if run.writer is not None:
-        run.writer.hurry()
+    if run.writer is not None and time.monotonic() - run.handed > _LATE_S:
+        run.writer.finish()
     if stepper.updates % cfg.LOG_EVERY == 0:
         _report_steps(cfg, run, total)  # waits for the device
     wishes = bool(run.stop.received), _is_due(cfg, run)
@@ -301,6 +305,7 @@ def save(cfg: CfgNode, run: Run, names: Sequence[str]) -> None:
             run.writer.submit(checkpoint_of(cfg, run, ranks), names)
     if LAST in names:
         run.saved = time.monotonic()
+        run.handed = math.inf if run.progress.step else run.saved
         run.agreement.saved()
 
 

@@ -147,7 +147,9 @@ class _Lines:
         self._path, self._is_new = path, not path.exists()
         try:
             self._open()
-            _end_torn_line(path)
+            self._is_file = path.is_file()
+            if self._is_file:
+                _end_torn_line(path)
         except OSError as error:
             raise OutputError(
                 f"OUTPUT: expected a log file that can be written, got {path}: "
@@ -174,7 +176,8 @@ class _Lines:
     def before(self) -> list[bytes]:
         """The lines from before the file was opened."""
         with _writing(self._path.parent):
-            return self._path.read_bytes()[: self._start].splitlines(keepends=True)
+            old = self._path.read_bytes()[: self._start] if self._is_file else b""
+            return old.splitlines(keepends=True)
 
     def replace_before(self, lines: Sequence[bytes]) -> None:
         """Put `lines` in the place of those from before."""
@@ -200,15 +203,17 @@ class _Lines:
     def withdraw(self) -> None:
         """Take back what was added, and close the file."""
         with _writing(self._path.parent):
-            self._file.truncate(self._start)
+            if self._is_file:
+                self._file.truncate(self._start)
             self._file.close()
             if self._is_new:
                 self._path.unlink()
 
     def sync(self) -> None:
         """See that the file is on the disk."""
-        with _writing(self._path.parent):
-            os.fsync(self._file.fileno())
+        if self._is_file:
+            with _writing(self._path.parent):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from quadmamba.utils.formats import CheckpointError, sum_comment
 from quadmamba.utils.lock import FolderLock
 
 __all__ = ["CheckpointWriter", "holding", "partial_of", "save", "save_alone", "save_file"]
-_LATE_S = 5.0  # how long training goes on beside the writing of a checkpoint
+_LEAVE_S = 5.0  # how long the end of a run waits for a checkpoint that is being written
 
 
 class _Hashing:
@@ -218,7 +217,6 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._snapshot = _Snapshot()
         self._pending: Future[None] | None = None
-        self._since = 0.0
 
     @property
     def busy(self) -> bool:
@@ -234,15 +232,8 @@ class CheckpointWriter:
         lost = self._lock is not None and bool(self._lock.lost)
         return lost or done and self._pending.exception() is not None
 
-    def hurry(self) -> None:
-        """Wait for a checkpoint that has been written for too long, so that no more than a few
-        seconds of training can be lost. Raises nothing: see `failed`.
-        """
-        if self.busy and time.monotonic() - self._since > _LATE_S:
-            concurrent.futures.wait([self._pending])
-
-    def finish(self, seconds: float) -> bool:
-        """Wait at most so long for the checkpoint under way; whether all is written or failed."""
+    def finish(self, seconds: float | None = None) -> bool:
+        """Wait for the checkpoint under way, at most so long; whether all is written or failed."""
         if self._pending is not None:
             concurrent.futures.wait([self._pending], seconds)
         return not self.busy
@@ -255,7 +246,6 @@ class CheckpointWriter:
         self.wait()
         copy = self._snapshot.take(payload)
         self._snapshot.mark()
-        self._since = time.monotonic()
         self._pending = self._pool.submit(self._write, copy, tuple(names))
 
     def _write(self, payload: Mapping[str, object], names: Sequence[str]) -> None:
@@ -265,9 +255,10 @@ class CheckpointWriter:
             try:
                 save(self._folder / name, payload, keep=self._keep if name == LAST else 1)
             except CheckpointError as error:
+                last = self._folder / LAST
+                then = f"goes on from {last}" if last.exists() else "begins anew"
                 raise CheckpointError(
-                    f"{error}\nThe same command goes on from the last checkpoint in "
-                    f"{self._folder} once the disk takes it"
+                    f"{error}\nOnce there is room the same command {then}"
                 ) from error
 
     def _check_lock(self) -> None:
@@ -296,5 +287,5 @@ def holding(folder: Path, *, keep: int) -> Iterator[CheckpointWriter]:
     try:
         yield writer
     finally:
-        if writer.finish(_LATE_S):  # else the folder stays locked until the process has written
+        if writer.finish(_LEAVE_S):  # else the folder stays locked until the process has written
             lock.release()
