@@ -304,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     args = _parse_args(argv)
     try:
-        return check(args)
+        code = check(args)
+        check_printed()
+        return code
     except (OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
     except Exception:  # noqa: BLE001 - Python's exit code of a crash would say "something bad"

@@ -26,6 +26,7 @@ from quadmamba.models import ReleaseError, build_model, from_release, to_release
 from quadmamba.models.release import BODY, CLASSIFIER, read_architecture
 from quadmamba.utils.checkpoint import load_pretrained
 from quadmamba.utils.classes import check_outputs, names_in
+from quadmamba.utils.console import lasting_console
 from quadmamba.utils.formats import CheckpointError, first, read_foreign
 from quadmamba.utils.weights import Parts, check_values, find_weights
 from quadmamba.utils.writer import save_alone, save_file, write_tensors
@@ -96,6 +97,7 @@ def export_file(source: Path, target: Path, cfg_path: Path, ema: bool) -> list[P
     return [target]
 
 
+@lasting_console()
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = Parser(__doc__)

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from quadmamba.configs import Parser, path_argument
+from quadmamba.utils.console import lasting_console
 
 VAL_IMAGES = 360
 SIDES = (0.1, 0.4)  # side of a digit on the cluttered canvas, as fractions of the canvas
@@ -149,6 +150,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@lasting_console()
 def main(argv: list[str] | None = None) -> int:
     """Write the folder and return the exit code: 0, or 2 where OUT holds something else."""
     args = _parse_args(argv)

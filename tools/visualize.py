@@ -29,6 +29,7 @@ from quadmamba.configs import ConfigError, Parser, load_cfg, path_argument
 from quadmamba.data import DataError, build_transforms, normalise, read_image
 from quadmamba.models import build_model
 from quadmamba.utils.checkpoint import load_pretrained
+from quadmamba.utils.console import lasting_console
 from quadmamba.utils.distributed import World, choose_device
 from quadmamba.utils.formats import CheckpointError
 from quadmamba.utils.launch import DeviceError
@@ -101,6 +102,7 @@ def _make_folder(folder: Path) -> None:
         raise DataError(f"--output: cannot write to {folder}: {error}") from error
 
 
+@lasting_console()
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = Parser(__doc__)

@@ -22,8 +22,8 @@ class _Lasting(io.TextIOBase):
     error: why, where that is not simply that nobody reads it any more.
     """
 
-    def __init__(self, stream: TextIO | None, name: str) -> None:
-        self._stream, self._name = stream, name
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
         self.error: OSError | None = None
 
     @property
@@ -60,7 +60,6 @@ class _Lasting(io.TextIOBase):
             self._give_up()
             if error.errno not in _LEFT:
                 self.error = error
-                sys.stderr.write(f"warning: {self._name} takes no more: {error.strerror}\n")
         except ValueError:  # it was closed
             self._give_up()
 
@@ -91,7 +90,7 @@ def lasting_console() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Lasting, before, ("stdout", "stderr"))
+    sys.stdout, sys.stderr = map(_Lasting, before)
     try:
         yield
     finally:
@@ -100,12 +99,17 @@ def lasting_console() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def fault() -> OSError | None:
+    """Why stdout takes no more, None where it does or where its reader has simply left."""
+    return getattr(sys.stdout, "error", None)
+
+
 def check_printed() -> None:
     """For a program whose result is what it prints: see that stdout took it.
 
     Raises OutputError where it did not, for a full disk say; a reader that has left wanted no more.
     """
     sys.stdout.flush()
-    error = getattr(sys.stdout, "error", None)
+    error = fault()
     if error is not None:
         raise OutputError(f"cannot write the result to stdout: {error.strerror}") from error

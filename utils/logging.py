@@ -16,6 +16,7 @@ from termcolor import colored
 from torch import Tensor
 
 from quadmamba.utils.board import Board
+from quadmamba.utils.console import fault
 from quadmamba.utils.files import OutputError, older, put, reason
 from quadmamba.utils.versions import versions
 
@@ -34,7 +35,7 @@ class RunLog:
     def __init__(self, folder: Path | None = None, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
-        self._folder = folder
+        self._folder, self._told = folder, False
         self._lines = _Lines(folder / LOG_FILE) if folder else None
         self._board: Board | None = None
         self._forget: int | None = None
@@ -49,6 +50,11 @@ class RunLog:
             sys.stderr.flush()
         sys.stdout.write(colored(text, color) + "\n" if color else text + "\n")
         sys.stdout.flush()
+        if self._lines is not None and not self._told and (error := fault()):
+            self._told = True
+            sys.stderr.write(
+                f"warning: stdout takes no more ({error.strerror}); {LOG_FILE} has what follows\n"
+            )
 
     def warn(self, text: str) -> None:
         """Print a warning."""
