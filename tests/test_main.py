@@ -310,6 +310,7 @@ def test_another_number_of_ranks_goes_on_with_the_images_that_were_not_seen(
     assert "not bit-equal" in out
     assert "after epoch 0 of 1 and 8 images of the next" in out
     assert out.count("epoch 1/1  step") == 2  # 16 images, 4 in each step
+    assert out.index("epoch 1/1  step 3/4  ") < out.index("epoch 1/1  step 4/4  ")
     assert state_of(tmp_path / "quadmamba_lite/default")["updates"] == 4
 
 
