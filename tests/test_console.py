@@ -116,6 +116,21 @@ def test_C8_a_closed_descriptor_is_no_place_for_a_file():
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode > 2
 
 
+def test_C8_what_libraries_print_is_lost_too():
+    script = (
+        "import os, sys; from quadmamba.utils.console import lasting_console\n"
+        "with lasting_console():\n"
+        "    sys.stdin.readline(), sys.stdout.write('x'), sys.stdout.flush()\n"
+        "    os.write(1, b'by itself')"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes)
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate("go\n", timeout=60) == (None, "")
+    assert process.returncode == 0
+
+
 def test_C8_a_result_on_a_full_disk_is_an_error(monkeypatch, capsys, tmp_path):
     write_images(tmp_path, train=1, val=1)
     for program, words in ((main, arguments("--info")), (check_data.main, [str(tmp_path)])):

@@ -180,6 +180,25 @@ def test_C1_a_process_that_was_forked_off_holds_nothing(tmp_path):
     os.waitpid(child, 0)
 
 
+def test_C1_a_lock_that_is_released_while_it_is_looked_at(tmp_path, monkeypatch):
+    """Its file is gone then: one that comes next would lock a new one."""
+    path, calls, open_file = tmp_path / "run.lock", [], lock._open
+
+    def late(which):
+        found = open_file(which)
+        if not calls:
+            path.unlink()
+        calls.append(found)
+        return found
+
+    path.touch()
+    monkeypatch.setattr(lock, "_open", late)
+    holder = FolderLock(tmp_path)
+    assert len(calls) == 2
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    holder.release()
+
+
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_C1_a_lock_that_cannot_be_written(tmp_path, what):
     if what == "folder":
@@ -197,7 +216,9 @@ def test_C1_the_folder_stays_locked_until_the_last_checkpoint_is_written(tmp_pat
     monkeypatch.setattr("quadmamba.utils.writer._LEAVE_S", 0.1)
     with holding(tmp_path, keep=1) as writer:
         writer.submit({}, ["last.pth"])
-    with pytest.raises(OutputError, match="in use by"):
-        FolderLock(tmp_path)
-    go_on.set()
+    try:
+        with pytest.raises(OutputError, match="in use by"):
+            FolderLock(tmp_path)
+    finally:
+        go_on.set()
     assert isinstance(writer, CheckpointWriter)

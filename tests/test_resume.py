@@ -162,6 +162,23 @@ def test_M6_a_kill_while_the_log_is_cut_loses_nothing(tmp_path, monkeypatch):
     assert [json.loads(line)["kind"] for line in lines[5:]] == ["run", "resume"]
 
 
+def test_M6_events_are_read_in_the_order_of_the_lives(tmp_path):
+    """Also where they began within a second, or where the clock went back."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    (tmp_path / FOLDER / "log.jsonl").touch()
+    for life in range(12):
+        log = RunLog(tmp_path / FOLDER)
+        log.go_back(life, 0)
+        for updates in (life + 1, life + 2):
+            log.record("train", updates, loss=float(life))
+        log.record("val", life, epoch=0, model_top1=1.0)
+        log.images("partition", torch.zeros(1, 3, 2, 2), life)
+        log.close()
+    events = EventAccumulator(str(tmp_path / FOLDER)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [*((life + 1, float(life)) for life in range(12)), (13, 11.0)]
+
+
 def fine(number):
     """A validation that seems the best so far."""
 
