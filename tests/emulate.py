@@ -96,7 +96,8 @@ def build(folder: Path) -> Path:
     translate(folder / "csrc")
     package = folder / "selective_scan"
     package.mkdir(exist_ok=True)
-    for path in (KERNELS / "selective_scan").glob("*.py"):
+    sources = KERNELS / "selective_scan"
+    for path in (*sources.glob("*.py"), sources / "VERSION"):
         shutil.copy(path, package)
     cuda = sorted(path.name for path in (KERNELS / "csrc").glob("*.cu"))
     schemas = ["route.cpp", "selective_scan.cpp"]
