@@ -7,6 +7,7 @@ that gets the lines which each test reaches. Answers with the exit code, -1 for 
 from __future__ import annotations
 
 import compileall
+import contextlib
 import importlib
 import json
 import os
@@ -49,6 +50,7 @@ def measure(tests: list[str], result: Path) -> int:
     A line that is reached while a test file is imported has the name "".
     """
     folder = result.with_suffix(".parts")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     settings = folder / "coveragerc"
     settings.write_text(
@@ -65,7 +67,8 @@ def measure(tests: list[str], result: Path) -> int:
     lines: dict = defaultdict(lambda: defaultdict(list))
     for part in folder.glob("data*"):
         data = coverage.CoverageData(str(part))
-        data.read()
+        with contextlib.suppress(coverage.exceptions.DataError):  # its process was killed
+            data.read()
         for file in data.measured_files():
             for line, names in data.contexts_by_lineno(file).items():
                 lines[str(Path(file).relative_to(Path.cwd()))][line] += names

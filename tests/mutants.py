@@ -81,10 +81,12 @@ def measure_all(copies: queue.Queue[Copy], leave_out: list[str]) -> dict[str, di
         kept = BUILD / f"{path.stem}.json"
         reach = json.loads(kept.read_text()) if kept.exists() else {}
         if reach.get("stamp") != stamp(path, reach):
+            kept.unlink(missing_ok=True)
             copy = copies.get()
             code = copy.run([f"tests/{path.name}"], 1500, str(kept))
             copies.put(copy)
-            reach = json.loads(kept.read_text())
+            nothing = {"tests": {}, "lines": {}}  # of a process that did not come to its end
+            reach = json.loads(kept.read_text()) if kept.exists() else nothing
             kept.write_text(json.dumps({**reach, "stamp": stamp(path, reach)}))
             tests = reach["tests"]
             took = f"{len(tests)} tests, {sum(tests.values()):.0f} s"
