@@ -98,7 +98,7 @@ def timms(cfg: CfgNode) -> Iterable:
 
 def our_bytes(cfg: CfgNode) -> Iterable:
     """Our training batches as they go to a GPU: bytes, normalised and erased over there."""
-    return ((batch.images, batch.targets) for batch in build_loaders(cfg).train.host_batches())
+    return ((batch.images, batch.targets) for batch in build_loaders(cfg).train.fleeting_batches())
 
 
 def timm_bytes(cfg: CfgNode) -> Iterable:

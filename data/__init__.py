@@ -3,10 +3,10 @@
 from quadmamba.data.datasets import FolderImages
 from quadmamba.data.images import DataError, read_image
 from quadmamba.data.loaders import ImageLoader, Loaders, build_loaders, skipped_images
+from quadmamba.data.patience import LoaderError
 from quadmamba.data.prefetch import Prefetcher, normalise
 from quadmamba.data.seeds import seeded
 from quadmamba.data.transforms import Transforms, build_transforms
-from quadmamba.data.workers import LoaderError
 
 __all__ = [
     "DataError",

@@ -72,6 +72,7 @@ class FolderImages(Dataset[Sample]):
     max_pixels: of an image that is read. unreadable: the files left out so far, kept by the loader
     in the main process. notes: what is left out of the folder, as lines to be said. on_replace:
     called with the number of each image that is about to be read instead of an unreadable one.
+    tell: called with each folder before it is listed.
     Raises DataError for a missing folder, fewer than two classes and an empty class.
     """
 
@@ -84,8 +85,9 @@ class FolderImages(Dataset[Sample]):
         on_error: str,
         replace: bool,
         max_pixels: int,
+        tell: Callable[[str], object] = lambda _: None,
     ) -> None:
-        found = read_classes(root)
+        found = read_classes(root, tell)
         self.classes: list[str] = list(found.images)
         self.samples: list[tuple[str, int]] = [
             (path, number) for number, paths in enumerate(found.images.values()) for path in paths
@@ -97,7 +99,7 @@ class FolderImages(Dataset[Sample]):
         self.on_error = on_error
         self.replace = replace
         self.unreadable: set[str] = set()
-        self.on_replace: Callable[[int], None] = _nothing
+        self.on_replace: Callable[[int], object] = lambda _: None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -123,8 +125,3 @@ class FolderImages(Dataset[Sample]):
             return Sample(view.image, target, view.hole, tuple(unreadable))
         message = f"{tries} images in a row cannot be read, the first is {shown(unreadable[0])}"
         return Sample(None, target, None, tuple(unreadable), message if self.replace else "")
-
-
-def _nothing(number: int) -> None:
-    """What `on_replace` does where nobody asks."""
-    del number

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,8 +54,11 @@ class Survey:
         return [os.path.relpath(path, self.root) for path in paths]
 
 
-def survey(root: Path) -> Survey:
-    """Look at all that lies below `root`, each folder once in a class. Raises no error."""
+def survey(root: Path, tell: Callable[[str], object] = lambda _: None) -> Survey:
+    """Look at all that lies below `root`, each folder once in a class. Raises no error.
+
+    tell: called with the path of each folder before it is listed.
+    """
     found = Survey(root)
     real = Path(os.path.realpath(root))
     above = {_identity(folder) for folder in (real, *real.parents)}
@@ -66,12 +69,16 @@ def survey(root: Path) -> Survey:
         else:
             found.loose.append(path)
     for label in found.images:
-        _survey_class(found, label, above, owners)
+        _survey_class(found, label, above, owners, tell)
     return found
 
 
 def _survey_class(
-    found: Survey, label: str, above: set[tuple[int, int]], owners: dict[tuple[int, int], str]
+    found: Survey,
+    label: str,
+    above: set[tuple[int, int]],
+    owners: dict[tuple[int, int], str],
+    tell: Callable[[str], object],
 ) -> None:
     """Add the images of one class; real folders are entered before links to them."""
     seen = set(above)
@@ -79,6 +86,7 @@ def _survey_class(
     waiting, links, files = [top], [], {}
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
+        tell(folder)
         identity = _identity(folder)
         if identity in seen or _is_loop(folder):
             found.repeated.append(folder)
@@ -239,11 +247,14 @@ def notes(found: Survey) -> Iterator[str]:
             yield f"{len(names)} {words.format(part)} ({shorten(names)})"
 
 
-def read_classes(root: Path) -> Survey:
-    """The classes and images of `root`, a part of a data set. Raises DataError for bad folders."""
+def read_classes(root: Path, tell: Callable[[str], object] = lambda _: None) -> Survey:
+    """The classes and images of `root`, a part of a data set. Raises DataError for bad folders.
+
+    tell: as for `survey`.
+    """
     if not root.is_dir():
         raise DataError(missing(root))
-    found = survey(root)
+    found = survey(root, tell)
     for problem in problems(found):
         raise DataError(problem)
     if found.empty:

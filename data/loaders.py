@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from yacs.config import CfgNode
 from quadmamba.data.datasets import Batch, FolderImages
 from quadmamba.data.folders import differing_classes
 from quadmamba.data.images import DataError
+from quadmamba.data.patience import within
 from quadmamba.data.prefetch import Prefetcher
 from quadmamba.data.transforms import Transform, build_transforms
 from quadmamba.data.workers import Draws, Workers
@@ -71,11 +73,11 @@ class ImageLoader(DataLoader):
         self._waiting: Workers | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        return self.prefetcher(self._fleeting_batches())
+        return self.prefetcher(self.fleeting_batches())
 
     def host_batches(self) -> Iterator[Batch]:
         """Batches of bytes in host memory, those without a readable image left out."""
-        for batch in self._fleeting_batches():
+        for batch in self.fleeting_batches():
             yield batch._replace(images=batch.images.clone())
 
     def read(self, draws: Draws) -> Batch:
@@ -87,7 +89,7 @@ class ImageLoader(DataLoader):
         finally:
             reader.end()
 
-    def _fleeting_batches(self) -> Iterator[Batch]:
+    def fleeting_batches(self) -> Iterator[Batch]:
         """As host_batches, but the next one may overwrite the images."""
         workers, self._waiting = self._waiting, None
         workers = workers or self._start(self.num_workers, self.batch_size, lock=self.pin_memory)
@@ -175,14 +177,17 @@ def skipped_images(loader: ImageLoader) -> set[str]:
 
 
 def _build_dataset(cfg: CfgNode, part: str, transform: Transform) -> FolderImages:
-    return FolderImages(
-        Path(cfg.DATA.PATH) / part,
+    root = Path(cfg.DATA.PATH) / part
+    build = partial(
+        FolderImages,
+        root,
         transform,
         seed=cfg.TRAIN.SEED,
         on_error=cfg.DATA.ON_ERROR,
         replace=part == "train",
         max_pixels=cfg.DATA.MAX_PIXELS,
     )
+    return within(cfg.DATA.TIMEOUT, str(root), lambda tell: build(tell=tell))
 
 
 def _build_loader(

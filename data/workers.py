@@ -8,47 +8,31 @@ waiting is done at one place, which ends it with the reason where a worker has d
 from __future__ import annotations
 
 import atexit
-import ctypes
-import errno
-import mmap
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from quadmamba.data.datasets import Batch, FolderImages, collate
+from quadmamba.data.datasets import Batch, FolderImages
 from quadmamba.data.folders import shorten
-from quadmamba.data.images import DataError, shown
+from quadmamba.data.images import shown
+from quadmamba.data.patience import LoaderError, Patience
+from quadmamba.data.reader import Crash, Read, explained, serve, work
+from quadmamba.data.slots import Slots
 
 Draws = Sequence[tuple[int, int]]
-_SLICE_S = 1.0  # a wait is counted in slices, so that a job that was suspended has not waited
-_PARENT_S = 5.0  # between two looks of an idle worker for its parent
 _END_S = 2.0  # how long a reader may take to end
-_PR_SET_PDEATHSIG = 1
-_LIMITS = {
-    errno.EAGAIN: "the limit of processes is reached (ulimit -u; docker run --pids-limit)",
-    errno.EMFILE: "the limit of open files is reached (ulimit -n)",
-    errno.ENFILE: "the limit of open files of this machine is reached",
-    errno.ENOMEM: "there is not enough memory",
-}
 _SHORT_OF_MEMORY = (
     "The kernel does so where memory is short (dmesg tells): lower DATA.WORKERS or "
     "DATA.BATCH_SIZE, or give the job more memory (docker run --memory)."
@@ -62,70 +46,6 @@ _NO_DISK = (
     "Look whether the disk or network share answers; raise DATA.TIMEOUT where one image may take "
     "that long."
 )
-
-
-class LoaderError(DataError):
-    """Batches do not come: a worker died, stalled or cannot be started. The files may be sound."""
-
-
-class Slots:
-    """Memory for `slots` batches of up to `size` images of `side` squared, shared with workers.
-
-    images: bytes (slots, size, side, side, 3). draws: (slots, size, 2), what to read. begun:
-    (readers, 2), how often each reader went on, and the number of the image it reads, or -1.
-    """
-
-    def __init__(self, slots: int, size: int, side: int, readers: int) -> None:
-        shapes = ((readers, 2), (slots, size, 2))
-        words = [8 * int(np.prod(shape)) for shape in shapes]
-        pixels = (slots, size, side, side, 3)
-        self._memory = mmap.mmap(-1, sum(words) + int(np.prod(pixels)))
-        self.begun = np.ndarray(shapes[0], np.int64, self._memory)
-        self.draws = np.ndarray(shapes[1], np.int64, self._memory, words[0])
-        self.images = torch.from_numpy(np.ndarray(pixels, np.uint8, self._memory, sum(words)))
-        self.begun[:, 1] = -1
-        self.over = False  # for a reader in this process
-        self._locked = False
-
-    def note(self, reader: int, index: int) -> None:
-        """Show what a reader is about to read."""
-        self.begun[reader] = self.begun[reader, 0] + 1, index
-
-    def lock(self) -> None:
-        """Page-lock the images for copies to a GPU. Raises LoaderError where that is refused."""
-        code = torch.cuda.cudart().cudaHostRegister(self.images.data_ptr(), self.images.nbytes, 0)
-        if int(code):
-            raise LoaderError(
-                f"DATA.PIN_MEMORY: cannot page-lock {_megabytes(self.images)} for batches (CUDA "
-                f"error {int(code)}: {torch.cuda.cudart().cudaGetErrorString(code)}); "
-                "DATA.PIN_MEMORY False does without"
-            )
-        self._locked = True
-
-    def unlock(self) -> None:
-        """Undo `lock`, once all copies are done."""
-        if self._locked:
-            self._locked = False
-            with suppress(RuntimeError):  # after an error on the GPU
-                torch.cuda.synchronize()
-                torch.cuda.cudart().cudaHostUnregister(self.images.data_ptr())
-
-
-class _Read(NamedTuple):
-    """A batch that lies in a slot; the images are the first `kept` there."""
-
-    slot: int
-    kept: int
-    targets: list[int]
-    rest: tuple
-
-
-class _Crash(NamedTuple):
-    """What ended a reader. of_machine: no error of the program, but memory or a limit."""
-
-    trace: str
-    reason: str
-    of_machine: bool
 
 
 @dataclass
@@ -188,7 +108,7 @@ class Workers:
         """
         coming, free = iter(draws), list(range(self._batches))
         awaited: deque[tuple[_Reader, int]] = deque()
-        self._came: dict[int, _Read] = {}
+        self._came: dict[int, Read] = {}
         number = 0
         while True:
             while free and (batch := next(coming, None)) is not None:
@@ -217,6 +137,8 @@ class Workers:
         until = time.monotonic() + _END_S
         for reader in readers:
             reader.body.join(max(0.0, until - time.monotonic()))
+            if reader.body.is_alive():  # it waits for a disk; nobody waits for it at exit
+                multiprocessing.process._children.discard(reader.body)
         if hasattr(self, "_slots"):
             self._slots.unlock()
 
@@ -230,7 +152,7 @@ class Workers:
             wanted = self._batches * size * side * side * 3
             raise LoaderError(
                 f"cannot get {wanted / 1e6:.0f} MB of memory for {self._batches} batches: "
-                f"{_limit(error)}; lower DATA.WORKERS or DATA.BATCH_SIZE"
+                f"{explained(error)}; lower DATA.WORKERS or DATA.BATCH_SIZE"
             ) from error
 
     def _start(self, number: int) -> None:
@@ -240,18 +162,18 @@ class Workers:
             task = number, self._dataset, self._slots, theirs
             if self._count:
                 body = multiprocessing.get_context("fork").Process(
-                    target=_work,
+                    target=work,
                     args=(*task, os.getpid(), _in_main_thread()),
                     name=f"loader-{number}",
                     daemon=True,
                 )
             else:
-                body = threading.Thread(target=_serve, args=task, name="loader", daemon=True)
+                body = threading.Thread(target=serve, args=task, name="loader", daemon=True)
             body.start()
         except (OSError, RuntimeError) as error:  # a thread that cannot start is a RuntimeError
             raise LoaderError(
                 f"DATA.WORKERS: cannot start reader {number + 1} of {max(1, self._count)}: "
-                f"{_limit(error)}\nRaise that limit or lower DATA.WORKERS (0 reads in the main "
+                f"{explained(error)}\nRaise that limit or lower DATA.WORKERS (0 reads in the main "
                 "process)."
             ) from error
         if self._count:
@@ -266,21 +188,18 @@ class Workers:
         try:
             reader.line.send(order)
         except OSError:
-            raise self._died(reader) from None
+            while True:  # until its last words, or its death, are raised
+                self._receive(reader)
 
-    def _await(self, reader: _Reader, slot: int) -> _Read:
+    def _await(self, reader: _Reader, slot: int) -> Read:
         """Wait for the batch in a slot, which the reader was asked to read."""
-        begun, waited = -1, 0.0
         lines = {reader.line: reader for reader in self._readers}
-        slice_s = min(_SLICE_S, self._timeout / 4)
+        patience = Patience(self._timeout)
         while slot not in self._came:
-            before = time.monotonic()
-            for line in wait(lines, slice_s):
+            for line in wait(lines, patience.slice_s):
                 self._receive(lines[line])
-            waited += min(time.monotonic() - before, 2 * slice_s)
-            if begun != (now := int(self._slots.begun[reader.number, 0])):
-                begun, waited = now, 0.0
-            if waited >= self._timeout and slot not in self._came:
+            over = patience.is_over(int(self._slots.begun[reader.number, 0]))
+            if over and slot not in self._came:
                 raise self._stalled(reader)
         return self._came.pop(slot)
 
@@ -289,7 +208,7 @@ class Workers:
             message = reader.line.recv()
         except (EOFError, OSError):
             raise self._died(reader) from None
-        if isinstance(message, _Crash):
+        if isinstance(message, Crash):
             what = f"{self._name(reader)} failed, {self._occupation(reader)}"
             if message.of_machine:
                 raise LoaderError(f"{what}: {message.reason}")
@@ -297,7 +216,7 @@ class Workers:
         reader.orders.popleft()
         self._came[message.slot] = message
 
-    def _unpack(self, read: _Read) -> Batch:
+    def _unpack(self, read: Read) -> Batch:
         if not read.kept:
             return Batch(None, None, *read.rest)
         return Batch(
@@ -345,85 +264,6 @@ class Workers:
 _running: weakref.WeakSet[Workers] = weakref.WeakSet()
 
 
-def leave_signals_to_parent() -> None:
-    """In a worker process: a signal to the whole job does not end it before its parent saved."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class _Report:
-    """Sends what a block raises to the other end of a line, where it is raised again."""
-
-    def __init__(self, line: Connection) -> None:
-        self._line = line
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if error is not None:
-            text = "".join(traceback.format_exception(kind, error, trace))
-            reason = f"{type(error).__name__}: {_limit(error)}"
-            with suppress(OSError):
-                of_machine = isinstance(error, MemoryError) or _errno(error) in _LIMITS
-                self._line.send(_Crash(text, reason, of_machine))
-        return True
-
-
-def _work(
-    number: int,
-    dataset: FolderImages,
-    slots: Slots,
-    line: Connection,
-    parent: int,
-    to_die_with_it: bool,
-) -> None:
-    """The life of a worker process."""
-    leave_signals_to_parent()
-    if to_die_with_it and sys.platform == "linux":  # the death of the thread that forked counts
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    torch.set_num_threads(1)
-    _serve(number, dataset, slots, line, parent)
-
-
-def _serve(
-    number: int, dataset: FolderImages, slots: Slots, line: Connection, parent: int | None = None
-) -> None:
-    """Fill slots until the line is closed, or `parent` has gone."""
-    with _Report(line):
-        while _has_order(line, parent):
-            try:
-                slot, count = line.recv()
-            except (EOFError, OSError):
-                return
-            dataset.on_replace = partial(slots.note, number)
-            samples = []
-            for epoch, index in slots.draws[slot, :count].tolist():
-                if slots.over:
-                    return
-                slots.note(number, index)
-                samples.append(dataset[epoch, index])
-            images, targets, *rest = collate(samples, slots.images[slot])
-            slots.note(number, -1)
-            kept = 0 if images is None else len(images)
-            targets = [] if targets is None else targets.tolist()
-            line.send(_Read(slot, kept, targets, tuple(rest)))
-
-
-def _has_order(line: Connection, parent: int | None) -> bool:
-    """Wait for an order; False where the parent has gone."""
-    while not line.poll(_PARENT_S):
-        if parent is not None and os.getppid() != parent:
-            return False
-    return True
-
-
 def _end_all() -> None:
     for workers in list(_running):
         workers.end()
@@ -431,20 +271,6 @@ def _end_all() -> None:
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _limit(error: BaseException) -> str:
-    """An error with the limit of the machine that it stands for."""
-    limit = _LIMITS.get(_errno(error))
-    return f"{error}: {limit}" if limit else f"{error}"
-
-
-def _errno(error: BaseException) -> int | None:
-    return getattr(error, "errno", None)
-
-
-def _megabytes(tensor: Tensor) -> str:
-    return f"{tensor.nbytes / 1e6:.0f} MB"
 
 
 def _state(reader: _Reader) -> str:

@@ -16,8 +16,9 @@ import torch
 from runs import in_a_fork, write_images
 
 from quadmamba.configs import ConfigError, load_cfg
-from quadmamba.data import DataError, LoaderError, build_loaders, workers
+from quadmamba.data import DataError, LoaderError, build_loaders, reader
 from quadmamba.data.datasets import FolderImages
+from quadmamba.data.slots import Slots
 from quadmamba.utils.modes import explained
 
 READ = FolderImages.__getitem__
@@ -112,7 +113,7 @@ def test_H3_a_worker_that_dies_is_reported_with_its_file(data, monkeypatch, act,
 
 
 def test_H3_a_worker_that_dies_before_it_reads_is_reported(data, monkeypatch):
-    monkeypatch.setattr(workers, "leave_signals_to_parent", exit_at_once)
+    monkeypatch.setattr(reader, "leave_signals_to_parent", exit_at_once)
     for part in ("train", "val"):
         message = in_a_fork(error_of, getattr(loaders_of(data), part))
         assert "ended by itself (exit code 3), before its first image (batch: class" in message
@@ -172,7 +173,7 @@ def test_H3_the_file_of_a_stall_is_right_where_bad_images_are_replaced(data, mon
 
 
 def test_H3_a_worker_that_stalls_before_it_reads_is_named(data, monkeypatch):
-    monkeypatch.setattr(workers, "leave_signals_to_parent", lambda: time.sleep(99))
+    monkeypatch.setattr(reader, "leave_signals_to_parent", lambda: time.sleep(99))
     message = in_a_fork(error_of, loaders_of(data).train)
     assert "has read no image for 1 s (DATA.TIMEOUT), before its first image" in message
 
@@ -188,6 +189,37 @@ def test_H3_pictures_for_the_log_are_read_within_the_timeout(data, tmp_path, mon
     val = loaders_of(data).val
     assert val.read([(0, 1), (0, 2)]).images.shape == (2, 16, 16, 3)
     assert "DATA.TIMEOUT" in in_a_fork(lambda: error_of(iter(lambda: val.read([(0, 5)]), None)))
+
+
+def test_H3_a_folder_that_cannot_be_listed_in_time_is_named(data, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    scandir = os.scandir
+
+    def silent(path):
+        if str(path).endswith("val/class1"):
+            read_a_fifo(tmp_path / "fifo")()
+        return scandir(path)
+
+    def build():
+        monkeypatch.setattr(os, "scandir", silent)
+        with pytest.raises(LoaderError) as caught:
+            loaders_of(data)
+        return str(caught.value)
+
+    message = in_a_fork(build)
+    assert f"listing {data}/val/class1 has taken 1 s (DATA.TIMEOUT)" in message
+
+
+def test_H3_a_worker_that_cannot_be_killed_is_not_waited_for(data, monkeypatch):
+    fault(monkeypatch, lambda: time.sleep(8))  # as one that waits for a disk in the kernel
+
+    def read():
+        monkeypatch.setattr(multiprocessing.process.BaseProcess, "kill", lambda _: None)
+        return error_of(loaders_of(data).val), children()
+
+    message, left = in_a_fork(read)
+    assert "DATA.TIMEOUT" in message
+    assert not left, "multiprocessing would wait for it at exit"
 
 
 def test_a_slow_reader_is_no_stalled_one(data, monkeypatch):
@@ -279,10 +311,13 @@ def test_H3_a_thread_that_cannot_start_is_an_error(data, monkeypatch):
         raise RuntimeError("can't start new thread")
 
     def read():
+        loader = loaders_of(data, DATA__WORKERS=0).val
         monkeypatch.setattr(threading.Thread, "start", fail)
-        return error_of(loaders_of(data, DATA__WORKERS=0).val)
+        with pytest.raises(LoaderError, match="cannot list .*can't start new thread"):
+            loaders_of(data)
+        return error_of(loader)
 
-    assert "can't start new thread" in in_a_fork(read)
+    assert "reader 1 of 1: can't start new thread" in in_a_fork(read)
 
 
 def test_H1_too_little_memory_is_an_error_that_says_how_much(data):
@@ -334,8 +369,8 @@ def test_an_error_of_the_program_keeps_its_traceback(data, monkeypatch):
             list(loaders_of(data, DATA__WORKERS=count).val)
         return str(caught.value)
 
-    fault(monkeypatch, act)
-    for count in (0, 2):
+    for count, at in itertools.product((0, 1, 2), (0, 5)):
+        fault(monkeypatch, act, at=at)
         message = in_a_fork(read, count)
         assert "Traceback" in message
         assert "LookupError: a fault on purpose" in message
@@ -453,7 +488,7 @@ def test_a_loader_may_not_wait_for_ever(value):
 
 
 def test_shared_memory_starts_at_a_page():
-    slots = workers.Slots(3, 4, 5, 2)
+    slots = Slots(3, 4, 5, 2)
     assert slots.begun.ctypes.data % mmap.PAGESIZE == 0
     assert slots.images.shape == (3, 4, 5, 5, 3)
     slots.images.fill_(7)
