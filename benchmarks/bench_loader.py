@@ -18,6 +18,7 @@ import platform
 import pstats
 import random
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -37,8 +38,10 @@ from benchmarks.tables import write_csv
 from quadmamba.configs import load_cfg
 from quadmamba.data import build_loaders
 from quadmamba.data.augment import keep_a_bit
+from quadmamba.data.datasets import collate
 
 WIDTH, HEIGHT = 500, 375
+SHARED = "/dev/shm"
 Row = dict[str, object]
 
 
@@ -93,7 +96,15 @@ def timms(cfg: CfgNode) -> Iterable:
         device=torch.device(cfg.DEVICE),
     )
     keep_a_bit(loader.dataset.transform)
+    loader.loader.timeout = cfg.DATA.TIMEOUT if cfg.DATA.WORKERS else 0
     return loader
+
+
+def ours_here(cfg: CfgNode) -> Iterable:
+    """Our training batches, read in this thread: a profiler sees no other."""
+    loader = build_loaders(cfg, device=torch.device(cfg.DEVICE)).train
+    read = loader.dataset.__getitem__
+    return loader.prefetcher(collate(list(map(read, draws))) for draws in loader.batch_sampler)
 
 
 def our_bytes(cfg: CfgNode) -> Iterable:
@@ -118,10 +129,10 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def time_epoch(until: str, name: str, cfg: CfgNode) -> Row:
+def time_epoch(build: Callable[[CfgNode], Iterable], cfg: CfgNode) -> Row:
     """Read one epoch; images per second and core by wall-clock and by CPU time."""
     wall, cpu, images = time.perf_counter(), cpu_seconds(), 0
-    loader = LOADERS[until][name](cfg)
+    loader = build(cfg)
     for batch, _ in loader:
         images += len(batch)
     if cfg.DEVICE == "cuda":
@@ -130,7 +141,7 @@ def time_epoch(until: str, name: str, cfg: CfgNode) -> Row:
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
     cores = max(1, cfg.DATA.WORKERS)
     rates = {"img_s_core_clock": images / wall / cores, "img_s_core_cpu": images / cpu}
-    return {"until": until, "loader": name, "images": images, **rates}
+    return {"images": images, **rates}
 
 
 def compare(cfg: CfgNode, repetitions: int) -> Iterator[Row]:
@@ -138,7 +149,8 @@ def compare(cfg: CfgNode, repetitions: int) -> Iterator[Row]:
     for repetition in range(repetitions):
         for until, loaders in LOADERS.items():
             for name in sorted(loaders, reverse=repetition % 2 == 1):
-                yield {"repetition": repetition, **time_epoch(until, name, cfg)}
+                row = {"repetition": repetition, "until": until, "loader": name}
+                yield row | time_epoch(loaders[name], cfg)
 
 
 def summarise(rows: list[Row]) -> None:
@@ -157,13 +169,25 @@ def summarise(rows: list[Row]) -> None:
             )
 
 
-def profile(name: str, cfg: CfgNode, lines: int = 16) -> None:
+def profile(build: Callable[[CfgNode], Iterable], cfg: CfgNode, lines: int = 16) -> None:
     """Print where the time of one epoch goes, by function."""
     recorder = cProfile.Profile()
-    recorder.runcall(time_epoch, "floats", name, cfg)
+    recorder.runcall(time_epoch, build, cfg)
     stats = pstats.Stats(recorder)
-    print(name)
+    print(build.__name__)
     stats.strip_dirs().sort_stats("tottime").print_stats(lines)
+
+
+def too_little_shared_memory(args: argparse.Namespace) -> str:
+    """What to say where timm's workers would wait for ever; ours need none of it."""
+    needed = 2 * args.workers * args.batch * 3 * load_cfg().DATA.IMG_SIZE ** 2
+    free = shutil.disk_usage(SHARED).free if Path(SHARED).is_dir() else needed
+    if free >= needed:
+        return ""
+    return (
+        f"timm's loader passes batches through {SHARED}: expected {needed / 1e6:.0f} MB free, got "
+        f"{free / 1e6:.0f}; docker run --shm-size gives more, fewer --workers need less"
+    )
 
 
 def versions() -> Row:
@@ -198,14 +222,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--profile", action="store_true", help="seconds by function, no comparison")
     args = parser.parse_args(argv)
+    if message := too_little_shared_memory(args):
+        parser.error(message)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         size = make_images(Path(folder), args.images, args.quality)
         print(f"{args.images} JPEGs of {WIDTH}x{HEIGHT}, {size / args.images / 1e3:.0f} kB each")
         cfg = configure(Path(folder), args)
         if args.profile:
-            for name in LOADERS["floats"]:
-                profile(name, cfg)
+            for build in (ours_here, timms):
+                profile(build, cfg)
             return 0
         rows = []
         for row in compare(cfg, args.repetitions):

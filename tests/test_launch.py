@@ -7,11 +7,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 from runs import arguments, finish, free_port, start
 
 from quadmamba.main import main
 from quadmamba.utils import meeting
+from quadmamba.utils.distributed import join
 from quadmamba.utils.launch import DeviceError, Place, first_host, place_from_env
 from quadmamba.utils.meeting import Wait, fresh_part, open_store
 
@@ -274,6 +276,22 @@ def test_C6_two_processes_of_one_rank():
             DeviceError, match="expected one process of each rank, got two of rank 1"
         ):
             first.result()
+
+
+def test_H1_a_group_that_needs_more_shared_memory_says_so(monkeypatch):
+    """The words are NCCL's in a container with Docker's 64 MB."""
+
+    def fail(*_, **__):
+        raise RuntimeError(
+            "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error\nLast error:\nError "
+            "while creating shared memory segment /dev/shm/nccl-vH9Yxq (size 9637888)"
+        )
+
+    monkeypatch.setattr("torch.distributed.init_process_group", fail)
+    message = r"system error\n/dev/shm is too small.*--shm-size=1g"
+    alone, cpu = place(0, 1, free_port()), torch.device("cpu")
+    with pytest.raises(DeviceError, match=message), join(alone, cpu, (), timeout=20):
+        pass
 
 
 def test_H2_whole_runs_end_with_2_and_a_message_in_the_time_of_the_setting():

@@ -3,9 +3,12 @@
 import shutil
 import subprocess
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from runs import arguments, finish, start, start_ranks, write_images
+
+from benchmarks import bench_loader
 
 # Runs in a mount namespace of its own: sys.argv is the folder of images and that of results
 SMALL = """
@@ -61,6 +64,15 @@ def test_H1_small_shared_memory_is_enough(data, tmp_path):
     assert code == 0, out + err
     assert out.startswith("64m 5 3\n1m 5 3\nleft 0\n")
     assert out.endswith("\ndone\n")
+
+
+def test_H1_the_benchmark_says_what_the_other_loader_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_loader, "SHARED", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64e6))
+    with pytest.raises(SystemExit) as stopped:
+        bench_loader.main(["--workers", "4"])  # 2 x 4 batches of 64 images of 224 x 224 x 3
+    assert stopped.value.code == 2
+    assert "expected 77 MB free, got 64; docker run --shm-size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ from quadmamba.utils.meeting import Wait, fresh_part, open_store
 from quadmamba.utils.watch import Failure, Watch
 
 _SILENCE_S = 60.0  # a rank beats all the time, whatever its main thread waits for
+_SHARED_MEMORY = (
+    "\n/dev/shm is too small, which the processes of a node share: docker run --shm-size=1g or "
+    "--ipc=host gives more, NCCL_SHM_DISABLE=1 does without."
+)
 _stores: list[dist.Store] = []  # of this process; rank 0's has a server in it, a thread of C++
 
 
@@ -179,6 +183,8 @@ def _enter(world: World, timeout: float) -> dist.Store:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        if any(word in str(error) for word in ("/dev/shm", "shared memory")):
+            reason += _SHARED_MEMORY
         raise DeviceError(
             f"rank {world.rank} could not start {backend} with the {world.size} processes that "
             f"meet at {world.host}:{world.port}: {reason}"
