@@ -225,8 +225,8 @@ def test_H3_a_worker_that_cannot_be_killed_is_not_waited_for(data, monkeypatch):
 def test_a_slow_reader_is_no_stalled_one(data, monkeypatch):
     monkeypatch.setattr(FolderImages, "__getitem__", lambda *args: time.sleep(0.3) or READ(*args))
     for number in (0, 2):
-        loader = loaders_of(data, DATA__WORKERS=number, DATA__BATCH_SIZE=4).val
-        assert len(in_a_fork(lambda loader=loader: [t.tolist() for _, t in loader])) == 3
+        loader = loaders_of(data, DATA__WORKERS=number, DATA__BATCH_SIZE=6).val
+        assert len(in_a_fork(lambda loader=loader: [t.tolist() for _, t in loader])) == 2
 
 
 def test_a_job_that_was_suspended_goes_on(data, monkeypatch, tmp_path):
@@ -376,6 +376,23 @@ def test_an_error_of_the_program_keeps_its_traceback(data, monkeypatch):
         assert "LookupError: a fault on purpose" in message
 
 
+def test_a_crash_while_no_one_waits_is_told_later(data, monkeypatch, tmp_path):
+    def act():
+        wait_for((tmp_path / "go").exists)
+        raise LookupError("a fault on purpose")
+
+    def read():
+        batches = iter(loaders_of(data, DATA__TIMEOUT=60.0).val)
+        next(batches)
+        (tmp_path / "go").touch()
+        wait_for(lambda: len(children()) == 1)
+        with pytest.raises(RuntimeError, match="LookupError: a fault on purpose"):
+            list(batches)
+
+    fault(monkeypatch, act, at=6)  # by the worker that is given the next batch
+    in_a_fork(read)
+
+
 # ------------------------------------------------------------------------ passes and their ends
 def leave(batches):
     for _ in batches:
@@ -454,7 +471,7 @@ def test_batches_in_host_memory_may_be_kept(data):
 def test_workers_die_with_a_parent_that_is_killed(data, monkeypatch, tmp_path, stalled):
     os.mkfifo(tmp_path / "fifo")
     if stalled:
-        fault(monkeypatch, read_a_fifo(tmp_path / "fifo"), at=11)
+        fault(monkeypatch, read_a_fifo(tmp_path / "fifo"))
 
     def parent(line):
         batches = iter(loaders_of(data, DATA__TIMEOUT=99.0).val)
@@ -470,7 +487,12 @@ def test_workers_die_with_a_parent_that_is_killed(data, monkeypatch, tmp_path, s
     process.kill()
     process.join()
     assert len(pids) == 2
-    wait_for(lambda: all(map(gone, pids)))
+    try:
+        wait_for(lambda: all(map(gone, pids)))
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_share_that_went_silent_is_not_asked_again(tmp_path):
