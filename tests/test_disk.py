@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, arguments, run, state_of, write_images
+from runs import ROOT, arguments, files_of_at_most, run, state_of, write_images
 
 from quadmamba.utils import engine, files, writer
 from quadmamba.utils.board import Board
@@ -57,14 +56,6 @@ class Full(io.BytesIO):
         return super().write(data)
 
 
-@pytest.fixture
-def limit():
-    """Sets how large a file may be, as a small disk: what is more is EFBIG."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("number", "text"),
     [
@@ -90,36 +81,36 @@ def test_C7_what_the_disk_says_is_told(tmp_path, monkeypatch, number, text):
     assert sorted(os.listdir(tmp_path)) == ["last.pth", "last.safetensors"]
 
 
-def test_C7_of_both_formats(tmp_path, limit):
-    limit(2_000_000)
+def test_C7_of_both_formats(tmp_path):
     for name, write in (
         ("w.pth", lambda path: writer.write_checkpoint(path, payload(1))),
         ("w.safetensors", lambda path: write_tensors(path, payload(1)["model"], {})),
     ):
-        with pytest.raises(CheckpointError, match=rf"cannot write .*/{name}: File too large$"):
+        said = pytest.raises(CheckpointError, match=rf"cannot write .*/{name}: File too large$")
+        with files_of_at_most(2_000_000), said:
             save_file(tmp_path / name, write)
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_C7_what_to_do_next_is_told(tmp_path, limit, before):
+def test_C7_what_to_do_next_is_told(tmp_path, before):
     writing = CheckpointWriter(tmp_path, keep=1)
     if before:
         writing.submit(payload(1), ["last.pth"])
         writing.wait()
-    limit(2_000_000)
-    writing.submit(payload(2), ["best.pth", "last.pth"])
     then = f"goes on from {tmp_path}/last.pth" if before else "begins anew"
-    with pytest.raises(CheckpointError, match=f"Once there is room the same command {then}"):
+    said = pytest.raises(CheckpointError, match=f"Once there is room the same command {then}")
+    with files_of_at_most(2_000_000), said:
+        writing.submit(payload(2), ["best.pth", "last.pth"])
         writing.wait()
 
 
-def test_C7_a_log_on_a_full_disk_has_whole_lines_only(tmp_path, limit):
+def test_C7_a_log_on_a_full_disk_has_whole_lines_only(tmp_path):
     log = RunLog(tmp_path)
     log.record("model", 0, params=1)
     size = (tmp_path / "log.jsonl").stat().st_size
-    limit(size + 10)
-    with pytest.raises(OutputError, match="cannot write the log: File too large; the last"):
+    said = pytest.raises(OutputError, match="cannot write the log: File too large; the last")
+    with files_of_at_most(size + 10), said:
         log.record("model", 0, params=2)
     assert (tmp_path / "log.jsonl").stat().st_size == size
 
