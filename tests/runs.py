@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -174,14 +174,19 @@ def fill_up(path: Path) -> None:
 
 
 @contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Within it, no file of this process can grow beyond so many bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+def limited(kind: int, value: int) -> Iterator[None]:
+    """Within it, this process has a limit, one of resource.RLIMIT_*."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        resource.setrlimit(kind, before)
+
+
+def files_of_at_most(size: int) -> AbstractContextManager[None]:
+    """Within it, no file of this process can grow beyond so many bytes."""
+    return limited(resource.RLIMIT_FSIZE, size)
 
 
 def state_of(out: Path, tag: str = "default") -> dict[str, object]:

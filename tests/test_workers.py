@@ -9,11 +9,11 @@ import resource
 import signal
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
-from runs import in_a_fork, write_images
+from runs import in_a_fork, limited, write_images
 
 from quadmamba.configs import ConfigError, load_cfg
 from quadmamba.data import DataError, LoaderError, build_loaders, reader
@@ -259,16 +259,6 @@ def test_a_job_that_was_suspended_goes_on(data, monkeypatch, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- limits
-@contextmanager
-def limited(kind, value):
-    before = resource.getrlimit(kind)
-    resource.setrlimit(kind, (value, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(kind, before)
-
-
 def open_files():
     return len(os.listdir("/proc/self/fd"))
 
